@@ -1,0 +1,1162 @@
+"""Train a GPT. The whole of it is in this file: settings, model, optimizer, data, processes, checkpoint, loop.
+
+    python prepare.py                                       # once: fetch tiny Shakespeare, write data/char/
+    python train.py                                         # the defaults below, on whatever hardware there is
+    python train.py config/train_char_cpu.py                # two CPU cores, two minutes
+    python train.py config/train_char.py --device=cuda      # 10.8M parameters, one GPU
+    torchrun --nproc_per_node=4 train.py                    # four processes: the same curve, sooner
+    python train.py --init_from=resume                      # go on exactly where the last run stopped
+    python train.py --help                                  # every setting, its default and its reason
+
+Every run writes out/ckpt.pt (latest), out/best.pt (best validation loss) and out/log.jsonl.
+Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabulary.
+"""
+import time
+
+LAUNCHED = time.time()  # before the slow imports, because the time a user waits begins here
+
+import ast
+import difflib
+import json
+import math
+import operator
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: each declared once, with its type, default and reason; files and flags override them from left to right.
+
+
+class UserError(Exception):
+    """A mistake of the user's: shown as one line on stderr, exit status 2."""
+
+
+def setting(default, reason, choices=None):
+    """A dataclass field that carries its reason (shown by --help) and, where it has them, its allowed values."""
+    return field(default=default, metadata={"reason": reason, "choices": choices})
+
+
+@dataclass
+class GPTConfig:
+    """What a GPT is made of: all that the model reads. GPT-2 itself is config/gpt2.py."""
+    vocab_size: int = setting(0, "tokens in the vocabulary; 0 takes the data's")
+    vocab_multiple: int = setting(1, "pad the embedding to a multiple of this many rows (64 is faster on GPUs)")
+    block_size: int = setting(64, "T, the longest context in tokens")
+    n_layer: int = setting(4, "blocks; 0 makes a bigram model")
+    n_head: int = setting(4, "attention heads in a block; must divide n_embd")
+    n_embd: int = setting(128, "C, channels of the residual stream")
+    dropout: float = setting(0.0, "share of the residual branches' outputs dropped in training")
+    bias: bool = setting(False, "biases in the linear layers and LayerNorms")
+    position: str = setting("rope", "how a token knows its place", ("rope", "learned", "none"))
+    norm: str = setting("rmsnorm", "normalization before each branch and the head", ("rmsnorm", "layernorm"))
+    norm_weight: bool = setting(False, "a learned gain in each normalization")
+    qk_norm: bool = setting(True, "normalize queries and keys, which allows larger learning rates")
+    activation: str = setting("relu2", "the MLP's nonlinearity", ("relu2", "gelu", "gelu_tanh"))
+    tied_head: bool = setting(False, "share the head's weight with the token embedding")
+    zero_init: bool = setting(True, "projections into the residual stream, and an untied head, start at zero")
+
+
+@dataclass
+class Settings(GPTConfig):
+    """All that can be set: the model's own settings, then the run's. Names are nanoGPT's where the meaning is."""
+    # files
+    dataset: str = setting("char", "folder below data/ that prepare.py wrote, or a path to one")
+    out_dir: str = setting("out", "folder of checkpoints and log")
+    init_from: str = setting("scratch", "start anew, or go on from out_dir/ckpt.pt", ("scratch", "resume"))
+    # batch
+    batch_size: int = setting(12, "sequences in one forward and backward pass of one process")
+    gradient_accumulation_steps: int = setting(1, "times batch_size is the global batch, whatever the process count")
+    # optimizer
+    optimizer: str = setting("muon", "Muon for the blocks' matrices and AdamW for the rest, or all AdamW",
+                             ("muon", "adamw"))
+    learning_rate: float = setting(1e-2, "peak, for every parameter: Muon's update is scaled to AdamW's size")
+    max_iters: int = setting(2000, "optimizer updates in all")
+    weight_decay: float = setting(0.1, "decoupled, on matrices and embeddings")
+    beta1: float = setting(0.9, "AdamW's decay of the gradient mean")
+    beta2: float = setting(0.99, "AdamW's decay of the squared gradient mean")
+    momentum: float = setting(0.95, "Muon's decay of the gradient mean")
+    grad_clip: float = setting(1.0, "largest gradient norm, longer ones are scaled down; 0 is off")
+    # schedule
+    decay_lr: bool = setting(True, "decay the learning rate; False holds it after the warm-up")
+    schedule: str = setting("wsd", "decay by a cosine, or warm up, stay, decay linearly", ("wsd", "cosine"))
+    warmup_iters: int = setting(10, "updates of linear warm-up")
+    decay_share: float = setting(1.0, "wsd: the share of the run spent in its linear decay")
+    lr_decay_iters: int = setting(0, "update at which the decay ends; 0 is max_iters")
+    min_lr: float = setting(0.0, "learning rate at the end of the decay")
+    # evaluation and log
+    eval_interval: int = setting(250, "updates between evaluations, each followed by a checkpoint")
+    eval_iters: int = setting(0, "batches in an evaluation; 0 is the whole validation split")
+    eval_only: bool = setting(False, "evaluate once and stop")
+    log_interval: int = setting(10, "updates between log lines")
+    # hardware
+    device: str = setting("auto", "auto takes cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps")
+    dtype: str = setting("auto", "of the matrix products; auto is bfloat16 where the hardware multiplies it natively",
+                         ("auto", "float32", "bfloat16", "float16"))
+    compile: str = setting("auto", "torch.compile; auto where it pays back within the run", ("auto", "True", "False"))
+    seed: int = setting(1337, "of the weights, the batches and the dropout")
+    # a shorthand that sets n_layer, n_head and n_embd where it stands
+    size: str = setting("", "a model size by name; sets n_layer, n_head and n_embd", (
+        "", "gpt-nano", "gpt-micro", "gpt-mini", "gopher-44m", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))
+
+
+SIZES = {  # n_layer, n_head, n_embd, as in minGPT's table
+    "gpt-nano": (3, 3, 48), "gpt-micro": (4, 4, 128), "gpt-mini": (6, 6, 192), "gopher-44m": (8, 16, 512),
+    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
+}
+RETIRED = {  # nanoGPT settings that need no counterpart: accepted with a note, so that its config files load
+    "always_save_checkpoint": "best.pt keeps the best model and ckpt.pt the latest",
+    "backend": "the device decides it", "wandb_log": "out/log.jsonl holds the curve",
+    "wandb_project": "out/log.jsonl holds the curve", "wandb_run_name": "out/log.jsonl holds the curve",
+}
+WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+
+
+def literal(node):
+    """The value of a syntax tree made of literals and arithmetic on numbers. ValueError for anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = literal(node.operand)
+        if isinstance(value, (int, float)):
+            return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        left, right = literal(node.left), literal(node.right)
+        if isinstance(left, (int, float)) and isinstance(right, (int, float)):
+            # 9**9**9 would otherwise fill the memory before anyone could object
+            if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
+                raise ValueError("a power this large")
+            return ARITHMETIC[type(node.op)](left, right)
+    raise ValueError("not a literal")
+
+
+def read_config(path):
+    """The (key, value, "file:line") triples of a config file of `key = literal` lines. Parsed, never executed."""
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(str(path), [p.as_posix() for p in Path("config").rglob("*.py")], 1)
+        raise UserError(f"config file {path} does not exist" + (f": did you mean {near[0]}?" if near else
+                        ": flags are written --key=value, config files end in .py")) from None
+    except OSError as error:
+        raise UserError(f"cannot read config file {path}: {error.strerror}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{path}:{getattr(error, 'lineno', None) or 1}: not a config file: "
+                        "write one `key = value` a line") from None
+    found = []
+    for node in tree.body:
+        where = f"{path}:{node.lineno}"
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            raise UserError(f"{where}: only `key = value` lines are read in a config file, nothing is executed: "
+                            f"found `{ast.unparse(node).splitlines()[0][:60]}`")
+        try:
+            found.append((node.targets[0].id, literal(node.value), where))
+        except (ValueError, ArithmeticError, RecursionError):
+            raise UserError(f"{where}: the value of {node.targets[0].id} must be a number, a string, True or False, or "
+                            f"arithmetic on numbers, not `{ast.unparse(node.value)[:60]}`") from None
+    return found
+
+
+def convert(spec, value, where):
+    """`value` (from a config file, or text from the command line) as the type of the setting `spec`."""
+    wanted, choices = spec.type, spec.metadata["choices"]
+    try:
+        if wanted is bool:
+            return WORDS[str(value).lower()]
+        if wanted is str:
+            value = str(value)
+        elif isinstance(value, str):  # command line: 5e3 and 5000 both mean the int 5000
+            try:
+                value = int(value)
+            except ValueError:
+                value = float(value)
+        if wanted is int and (isinstance(value, bool) or value != int(value)):
+            raise ValueError
+        value = wanted(value)
+        if wanted is float and not math.isfinite(value):
+            raise ValueError
+    except (KeyError, ValueError, OverflowError):
+        kind = {int: "a whole number", float: "a number", bool: "True or False"}[wanted]
+        example = f"for example --{spec.name}={spec.default}"
+        raise UserError(f"{where}: {spec.name}={value} is not {kind}: {example}") from None
+    if choices and value not in choices:
+        same = [c for c in choices if c.lower() == value.lower()]
+        if not same:
+            listed = ", ".join(c for c in choices if c)
+            raise UserError(f"{where}: {spec.name}={value} is not one of {listed}")
+        value = same[0]
+    return value
+
+
+def flags(argv, specs):
+    """The (key, value, where) triples of the command line: config files, --key=value, --key value and --flag."""
+    rest = list(argv)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("--"):
+            yield from read_config(arg)
+            continue
+        key, equals, value = arg[2:].partition("=")
+        key = key.replace("-", "_")
+        if not equals:
+            flag = key in specs and specs[key].type is bool
+            if flag and not (rest and rest[0].lower() in WORDS):
+                value = "True"
+            elif rest:
+                value = rest.pop(0)
+            elif key in specs:
+                raise UserError(f"command line: --{key} needs a value: for example --{key}={specs[key].default}")
+        yield key, value, "command line"
+
+
+def override(settings, argv):
+    """Set what `argv` (config files and flags, later wins) says on `settings`, any dataclass of `setting` fields.
+
+    Returns the same object. Raises UserError with the place, the value found and the nearest known name.
+    """
+    specs = {spec.name: spec for spec in fields(settings)}
+    for key, value, where in flags(argv, specs):
+        if key in RETIRED and key not in specs:
+            print(f"note: {where}: {key} has no use here: {RETIRED[key]}", file=sys.stderr)
+            continue
+        if key not in specs:
+            near = difflib.get_close_matches(key, specs, 1)
+            raise UserError(f"{where}: unknown setting {key}" + (f": did you mean {near[0]}?" if near else
+                            ": --help lists them all"))
+        setattr(settings, key, convert(specs[key], value, where))
+        if key == "size" and settings.size:
+            settings.n_layer, settings.n_head, settings.n_embd = SIZES[settings.size]
+    return settings
+
+
+def describe(cls):
+    """The text of --help: one line a setting."""
+    lines = []
+    for spec in fields(cls):
+        choices = "|".join(c for c in spec.metadata["choices"] or () if c)
+        lines.append(f"  --{spec.name}={spec.default!s:<{max(1, 26 - len(spec.name))}} {spec.type.__name__:<5} "
+                     f"{spec.metadata['reason']}" + (f" ({choices})" if choices else ""))
+    return "\n".join(lines)
+
+
+def changed(settings):
+    """The settings that differ from their defaults, as one line of key=value words."""
+    return " ".join(f"{s.name}={getattr(settings, s.name)}" for s in fields(settings)
+                    if s.default is not MISSING and getattr(settings, s.name) != s.default)
+
+
+def check(s):
+    """Refuse settings that cannot work together, before any work is done. Raises UserError."""
+    for key, least in dict(block_size=1, n_head=1, n_embd=1, batch_size=1, gradient_accumulation_steps=1, max_iters=1,
+                           log_interval=1, eval_interval=1, vocab_multiple=1, vocab_size=0, n_layer=0, eval_iters=0,
+                           warmup_iters=0, lr_decay_iters=0, seed=0, learning_rate=0, min_lr=0, weight_decay=0,
+                           grad_clip=0).items():
+        if getattr(s, key) < least:
+            raise UserError(f"{key}={getattr(s, key)} is too small: the least is {least}")
+    for key in ("dropout", "beta1", "beta2", "momentum"):
+        if not 0 <= getattr(s, key) < 1:
+            raise UserError(f"{key}={getattr(s, key)} must be at least 0 and below 1")
+    if not 0 < s.decay_share <= 1:
+        raise UserError(f"decay_share={s.decay_share} must be above 0 and at most 1")
+    if s.n_embd % s.n_head:
+        near = min((h for h in range(1, s.n_embd + 1) if s.n_embd % h == 0), key=lambda h: abs(h - s.n_head))
+        raise UserError(f"n_embd={s.n_embd} is not divisible by n_head={s.n_head}: for example --n_head={near}")
+    if s.position == "rope" and s.n_embd // s.n_head % 2:
+        raise UserError(f"position=rope needs an even head size, n_embd/n_head is {s.n_embd // s.n_head}: "
+                        f"choose another n_head, or --position=learned")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model: a decoder-only transformer. The defaults are what learns fastest at small size; every part has a setting.
+
+
+class Linear(nn.Linear):
+    """A linear layer whose float32 weight is cast to its input's dtype where it is used.
+
+    Autocast does the same at about twice the cost in a small model's backward pass.
+    """
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm over the last dimension, with or without learned parameters."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.norm
+        with_bias = config.norm_weight and config.bias and config.norm == "layernorm"
+        self.weight = nn.Parameter(torch.ones(config.n_embd)) if config.norm_weight else None
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if with_bias else None
+
+    def forward(self, x):
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return normalize(x, self.kind, weight, bias)
+
+
+def normalize(x, kind, weight=None, bias=None):
+    """x (..., C) scaled to unit root mean square ("rmsnorm"), or to zero mean and unit variance ("layernorm")."""
+    if kind == "rmsnorm":
+        return F.rms_norm(x, x.shape[-1:], weight)
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def rotary(positions, head_size):
+    """Cosines and signed sines (T, 1, 1, D) that turn each channel pair by an angle growing with its position.
+
+    Rotary position embedding, Su et al. 2021, arXiv 2104.09864. float32, for integer positions (T,).
+    """
+    frequency = 10000.0 ** (-torch.arange(0, head_size, 2, device=positions.device) / head_size)
+    angle = positions[:, None] * frequency  # (T, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1)[:, None, None], torch.cat([-sin, sin], -1)[:, None, None]
+
+
+class Attention(nn.Module):
+    """Causal self-attention over H heads of size D."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.norm = layer, config.n_head, config.norm if config.qk_norm else None
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, rotation, cache):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qk, v = qkv[:, :, :2], qkv[:, :, 2]  # queries and keys go as one tensor: half as many kernels
+        if self.norm:
+            qk = normalize(qk, self.norm)
+        if rotation is not None:
+            cos, sin = rotation
+            qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
+        q, k, v = (t.transpose(1, 2) for t in (qk[:, :, 0], qk[:, :, 1], v))  # each (B, H, T, D)
+        if x.device.type == "cpu":
+            q, k, v = q.float(), k.float(), v.float()  # the CPU's bfloat16 backward is about six times slower
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        # A single query is the newest token, which sees all that the cache holds.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
+
+
+ACTIVATIONS = {
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv 2109.08668
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's
+}
+
+
+class MLP(nn.Module):
+    """Two linear layers with a nonlinearity between, four times as wide inside."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x):
+        return self.proj(self.activation(self.fc(x)))
+
+
+class Block(nn.Module):
+    """Attention lets tokens talk, the MLP lets each think; both add to the residual stream x (B, T, C)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.dropout = config.dropout
+        self.norm1, self.attn = Norm(config), Attention(config, layer)
+        self.norm2, self.mlp = Norm(config), MLP(config)
+
+    def forward(self, x, rotation, cache):
+        # Dropout is on the branches, not on the attention weights, which would lose the fused attention kernel.
+        x = x + F.dropout(self.attn(self.norm1(x), rotation, cache), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer language model.
+
+    >>> model = GPT(GPTConfig(vocab_size=65))
+    >>> logits, loss = model(torch.zeros(1, 8, dtype=torch.long))
+    >>> logits.shape
+    torch.Size([1, 8, 65])
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        assert config.vocab_size > 0, "GPTConfig.vocab_size must be set"
+        self.config = config
+        self.compute_dtype = torch.float32  # of activations and matrix products; parameters stay float32
+        rows = -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
+        self.wte = nn.Embedding(rows, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = Norm(config)
+        self.head = Linear(config.n_embd, rows, bias=False)
+        self.init_weights()
+        if config.tied_head:
+            self.head.weight = self.wte.weight
+
+    def init_weights(self):
+        """Normal with standard deviation 0.02, less for projections into the residual stream (or zero); zero biases."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                std = 0.02
+                if name.endswith("proj"):  # GPT-2: keeps the residual stream's variance from growing with depth
+                    std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
+                elif name == "head" and self.config.zero_init:
+                    std = 0.0
+                nn.init.normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, idx, targets=None, cache=None):
+        """Logits (B, T, V) for token ids idx (B, T), and their mean cross-entropy in nats against targets (B, T).
+
+        The loss is None without targets; targets of -1 do not count. With a cache (see sample.py), idx continues what
+        the cache holds, and only the last position's logits (B, 1, V) are computed.
+        """
+        T, start = idx.shape[1], 0 if cache is None else cache.length
+        positions = torch.arange(start, start + T, device=idx.device)
+        x = self.wte(idx)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        x = F.dropout(x.to(self.compute_dtype), self.config.dropout, self.training)  # (B, T, C)
+        rotation = None
+        if self.config.position == "rope":
+            rotation = [t.to(x.dtype) for t in rotary(positions, self.config.n_embd // self.config.n_head)]
+        for block in self.blocks:
+            x = block(x, rotation, cache)
+        x = self.norm(x if cache is None else x[:, -1:])
+        logits = self.head(x)[..., :self.config.vocab_size].float()  # padding rows end here and are never drawn
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+    def parameters_by_part(self):
+        """Parameter counts as a dict: embedding, attention, mlp, norm, head (0 when tied)."""
+        count = dict(embedding=0, attention=0, mlp=0, norm=0, head=0)
+        for name, p in self.named_parameters():
+            part = next((part for key, part in ((".attn.", "attention"), (".mlp.", "mlp"), ("norm", "norm"),
+                                                ("head", "head")) if key in name), "embedding")
+            count[part] += p.numel()
+        return count
+
+    def flops_per_token(self):
+        """Floating-point operations of a forward and backward pass, by token (PaLM, arXiv 2204.02311, appendix B)."""
+        c, matrices = self.config, sum(p.numel() for p in self.parameters() if p.ndim == 2)
+        lookups = self.wpe.weight.numel() if self.wpe is not None else 0
+        lookups += 0 if c.tied_head else self.wte.weight.numel()
+        return 6 * (matrices - lookups) + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer: Muon for the matrices inside the blocks, AdamW for the rest.
+
+
+def orthogonalize(G, dtype, steps=5):
+    """The nearest orthogonal matrices, roughly, to a stack of matrices G (N, rows, columns) with rows <= columns.
+
+    Newton-Schulz iteration with Jordan et al.'s quintic, which brings every singular value to between about 0.7
+    and 1.2: https://kellerjordan.github.io/posts/muon
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.to(dtype)
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): Nesterov momentum, orthogonalized, scaled to the RMS of an AdamW update.
+
+    The scale 0.2 * sqrt(max(rows, columns)) and the decoupled weight decay are Liu et al.'s 2025, arXiv 2502.16982,
+    so that one learning rate serves Muon and AdamW. A group's `chunks` says how many matrices lie stacked in each
+    of its parameters (3 for queries, keys and values). Matrices of one shape are orthogonalized together.
+    """
+
+    def __init__(self, params, lr=1e-2, momentum=0.95, weight_decay=0.1, chunks=1, dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, chunks=chunks))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        stacks = {}  # (rows, columns), rows <= columns -> [(matrix, its update, group)]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            grads, means = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, means, group["momentum"])
+            for p, update in zip(params, updates, strict=True):
+                for m, u in zip(p.chunk(group["chunks"]), update.chunk(group["chunks"]), strict=True):
+                    flip = m.shape[0] > m.shape[1]
+                    m, u = (m.mT, u.mT) if flip else (m, u)
+                    stacks.setdefault(tuple(m.shape), []).append((m, u, group))
+        for shape, entries in stacks.items():
+            updates = orthogonalize(torch.stack([u for _, u, _ in entries]), self.dtype)
+            for (m, _, group), update in zip(entries, updates, strict=True):
+                m.mul_(1 - group["lr"] * group["weight_decay"])
+                m.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+
+def make_optimizers(model, s, device):
+    """The optimizers of a run, as a list; every parameter is in exactly one group of one of them."""
+    matrices = {n: p for n, p in model.blocks.named_parameters() if p.ndim == 2} if s.optimizer == "muon" else {}
+    taken = {id(p) for p in matrices.values()}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=s.weight_decay),
+              dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=s.learning_rate, betas=(s.beta1, s.beta2),
+                                    fused=device.type in ("cuda", "cpu", "mps"))]
+    if matrices:
+        groups = [dict(params=[p for n, p in matrices.items() if n.endswith("qkv.weight")], chunks=3),
+                  dict(params=[p for n, p in matrices.items() if not n.endswith("qkv.weight")], chunks=1)]
+        optimizers.append(Muon(groups, lr=s.learning_rate, momentum=s.momentum, weight_decay=s.weight_decay,
+                               dtype=torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32))
+    return optimizers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: memory maps of token ids. A batch is a pure function of the seed and of how many sequences came before it.
+
+
+def read_meta(s):
+    """The folder of a dataset and its meta.json as a dict. Raises UserError when it is missing or damaged."""
+    folder = Path(s.dataset) if "/" in s.dataset or os.sep in s.dataset else Path("data") / s.dataset
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        np.dtype(meta["dtype"]), dict(meta["tokenizer"]), str(meta["corpus"])
+        sizes = [meta["vocab_size"], *(meta[key][split] for key in ("tokens", "bytes") for split in ("train", "val"))]
+        if meta["format"] != 1 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError
+    except FileNotFoundError:
+        name = "" if s.dataset == "char" else f" --name={s.dataset}"
+        raise UserError(f"no data in {folder}: run `python prepare.py{name}` first") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path} is not a meta.json that prepare.py wrote: run prepare.py again") from None
+    return folder, meta
+
+
+class Split:
+    """The token ids of one split ("train" or "val"), never loaded whole."""
+
+    def __init__(self, folder, name, meta):
+        self.path, self.dtype, self.count = folder / f"{name}.bin", np.dtype(meta["dtype"]), meta["tokens"][name]
+        try:
+            self.file = open(self.path, "rb")  # held open: a folder replaced under a running job does not reach it
+        except OSError as error:
+            raise UserError(f"cannot read {self.path} ({error.strerror}): run prepare.py again") from None
+        size = os.fstat(self.file.fileno()).st_size
+        if size != self.count * self.dtype.itemsize:
+            raise UserError(f"{self.path} has {size:,} bytes, but its meta.json says {self.count:,} tokens of "
+                            f"{self.dtype.itemsize}: run prepare.py again")
+
+    def read(self, starts, length):
+        """Token ids (len(starts), length), int64; positions past the end repeat the last token."""
+        tokens = np.memmap(self.file, self.dtype, "r")  # mapped anew each time, or pages read would stay resident
+        index = np.minimum(starts[:, None] + np.arange(length), self.count - 1)
+        return torch.from_numpy(tokens[index].astype(np.int64))
+
+
+def mix(x):
+    """Bits of x (uint64 array) well mixed: the output function of splitmix64 (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(i, n, key):
+    """Where a permutation of range(n), chosen by the integer `key`, sends the indices `i` (array). Needs no memory.
+
+    A Feistel network permutes the next power of four; values that fall outside range(n) are sent on until they
+    are inside (Black and Rogaway 2002).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    keys = mix(np.arange(1, 7, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + mix(np.array([key], dtype=np.uint64)))
+
+    def scramble(x):
+        left, right = x >> half, x & low
+        for k in keys:
+            left, right = right, left ^ (mix(right + k) & low)
+        return left << half | right
+
+    x = scramble(np.asarray(i, dtype=np.uint64))
+    while (outside := x >= n).any():
+        x[outside] = scramble(x[outside])
+    return x.astype(np.int64)
+
+
+def window_starts(seed, first, count, n_tokens, block_size):
+    """Start offsets (count,) of the training sequences number `first` to first + count - 1.
+
+    An epoch cuts the split into windows of block_size, from an offset of its own, and takes each once, in an order
+    of its own. Over the epochs every token is reached. Pure: the same arguments always give the same windows.
+    """
+    windows = max(1, n_tokens // block_size - 1)
+    epoch, place = np.divmod(np.arange(first, first + count), windows)
+    starts = np.empty(count, dtype=np.int64)
+    for e in np.unique(epoch):
+        key = int(mix(np.array([seed], dtype=np.uint64))[0]) ^ int(e)
+        offset = int(mix(np.array([key], dtype=np.uint64))[0]) % (n_tokens - windows * block_size)
+        starts[epoch == e] = offset + block_size * permute(place[epoch == e], windows, key)
+    return starts
+
+
+def training_batch(split, s, first, count, device):
+    """Inputs and targets, each (count, T), of the training sequences from number `first`: targets are one later."""
+    tokens = split.read(window_starts(s.seed, first, count, split.count, s.block_size), s.block_size + 1)
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()  # so that the copy overlaps the step under way
+    tokens = tokens.to(device, non_blocking=True)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and hardware. Under torchrun each process has a rank and takes its share of the same global batch.
+
+
+@dataclass
+class World:
+    """This process's place among all: rank of size, and its device."""
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def share(self, first, count):
+        """The range of items first .. first + count - 1 that falls to this process."""
+        return range(first + count * self.rank // self.size, first + count * (self.rank + 1) // self.size)
+
+    def total(self, x):
+        """The sum of tensor x over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def any(self, flag):
+        """True in every process when `flag` is true in any."""
+        return bool(self.total(torch.tensor(float(flag)))) if self.size > 1 else flag
+
+
+def join_world(s):
+    """The World of this process: torchrun's environment if there is one, else alone. Raises UserError on the device."""
+    rank, size, local = (int(os.environ.get(key, default)) for key, default in
+                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    name, gpus = s.device, torch.cuda.device_count()
+    if name == "auto":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        mps = torch.backends.mps.is_available() and size == 1
+        name = "cuda" if gpus >= here and gpus else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name} is not known: use auto, cpu, cuda, cuda:0 or mps") from None
+    if device.type == "cuda" and size > 1:
+        device = torch.device("cuda", local)
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device={name} is not supported: use auto, cpu, cuda, cuda:0 or mps")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"device={device} is not there, torch {torch.__version__} sees {gpus} CUDA devices: "
+                        "use --device=auto" + (f" or --nproc_per_node={gpus}" if gpus else " or --device=cpu"))
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device=mps is not there: torch {torch.__version__} sees no Apple GPU: use --device=auto")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TensorFloat-32 where float32 is asked for
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device)
+
+
+def choose_dtype(s, device):
+    """The torch dtype of matrix products: what the settings ask for, or the fastest the hardware has natively."""
+    if s.dtype != "auto":
+        return getattr(torch, s.dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    native = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private: absent means no
+    if device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in native):
+        return torch.bfloat16
+    return torch.float32
+
+
+PEAK_FLOPS = {  # dense 16-bit operations a second, from the makers' data sheets
+    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12,
+    "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
+}
+
+
+def peak_flops(device, dtype):
+    """The device's peak operations a second for a 16-bit dtype, or None where it is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def compile_pays(model, s, world):
+    """Whether to use torch.compile: as the settings say, or where it saves more time in this run than it takes.
+
+    Depends on the settings alone, never on a clock, so that a resumed run decides as the first did.
+    """
+    if s.compile != "auto":
+        return s.compile == "True"
+    flops = model.flops_per_token() * s.batch_size * s.gradient_accumulation_steps * s.block_size / world.size
+    # operations a second and seconds a step beside them, uncompiled; seconds to compile; share of a step saved
+    rate, overhead, cost, saved = (1e11, 0.005, 60, 0.35) if world.device.type == "cpu" else (1e14, 0.01, 60, 0.4)
+    return world.device.type != "mps" and s.max_iters * (flops / rate + overhead) * saved > cost
+
+
+def compile_model(model, s):
+    """`model` compiled and tried once forward and backward, or `model` itself, with a note, when that fails."""
+    try:
+        fast = torch.compile(model, dynamic=False)
+        idx = torch.zeros(s.batch_size, s.block_size, dtype=torch.long, device=model.wte.weight.device)
+        fast(idx, idx)[1].backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler can do wrong, training works without it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        print(f"note: torch.compile failed, going on without it: {reason}", file=sys.stderr)
+        fast = model
+    model.zero_grad(set_to_none=True)
+    return fast
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoint: a plain dict of tensors and plain values, written whole or not at all, read without running code.
+
+RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
+
+
+@dataclass
+class Progress:
+    """Where a run is: all that changes in it but the weights and the optimizer."""
+    step: int = 0  # updates done
+    sequences: int = 0  # training sequences seen, so that none is seen twice when batch_size changes on resume
+    best_val_loss: float = math.inf
+    best_step: int = 0
+    loss_sum: float = 0.0  # training loss since the last log line: its sum and the number of steps
+    loss_count: int = 0
+    elapsed: float = 0.0  # seconds since launch, earlier parts of the run included
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict to `path` so that at every moment the old file or the new one is there, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """The dict that save_checkpoint wrote, on the CPU. Runs no code from the file. Raises UserError."""
+    path = Path(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}: run `python train.py` first, or name its --out_dir") from None
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    except Exception:  # torch.load raises many kinds for a damaged or a hostile file
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py (nothing in it was run): "
+                        "name another with --out_dir, or train anew") from None
+    if not (isinstance(checkpoint, dict) and checkpoint.get("format") == 1 and
+            {"model", "config", "tokenizer", "step"} <= checkpoint.keys()):
+        raise UserError(f"{path} is not a checkpoint of this version of train.py: train anew")
+    return checkpoint
+
+
+def model_from_checkpoint(checkpoint, path="checkpoint"):
+    """The GPT that a checkpoint holds, on the CPU, in evaluation mode. Raises UserError where they do not fit."""
+    try:
+        config = GPTConfig(**{f.name: checkpoint["config"][f.name] for f in fields(GPTConfig)})
+        model = GPT(config)
+        model.load_state_dict(checkpoint["model"])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path}: its weights and its settings do not fit together: {reason}") from None
+    return model.eval()
+
+
+def set_aside(out):
+    """Move an earlier run's files to out/previous, or the next free name like it, so that nothing is overwritten."""
+    old = [out / name for name in RUN_FILES if (out / name).exists()]
+    if not old:
+        return
+    target, n = out / "previous", 1
+    while target.exists():
+        n += 1
+        target = out / f"previous-{n}"
+    target.mkdir(parents=True)
+    for path in old:
+        os.replace(path, target / path.name)
+    print(f"an earlier run in {out} was moved to {target}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedule and evaluation.
+
+
+def learning_rate(step, s):
+    """The learning rate of update number `step` (from 0): warm-up, then constant and linear, or a cosine."""
+    end = s.lr_decay_iters or s.max_iters
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    if not s.decay_lr:
+        return s.learning_rate
+    if step >= end:
+        return s.min_lr
+    if s.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * (step - s.warmup_iters) / (end - s.warmup_iters)))
+    else:
+        left = min(1.0, (end - step) / max(1, s.decay_share * (end - s.warmup_iters)))
+    return s.min_lr + left * (s.learning_rate - s.min_lr)
+
+
+@torch.no_grad()
+def evaluate(model, split, s, world):
+    """Mean cross-entropy in nats over a split, every token but the first predicted once, in windows of block_size.
+
+    The same number for every process count and batch size, up to float rounding; draws nothing at random.
+    """
+    T = s.block_size
+    windows = -(-(split.count - 1) // T)  # the last may be short
+    if s.eval_iters:
+        windows = min(windows, s.eval_iters * s.batch_size)
+    mine = world.share(0, windows)
+    losses, counts = [torch.zeros((), device=world.device)], [0]
+    model.eval()
+    for first in mine[::s.batch_size]:
+        rows = np.arange(first, first + s.batch_size)  # always a full batch: one shape, compiled once
+        tokens = split.read(rows * T, T + 1)
+        x, y = tokens[:, :-1], tokens[:, 1:].clone()
+        past = rows[:, None] * T + np.arange(1, T + 1) >= split.count
+        y[torch.from_numpy(past | (rows >= mine.stop)[:, None])] = -1
+        losses.append(model(x.to(world.device), y.to(world.device))[1])
+        counts.append(int((y >= 0).sum()))
+    model.train()
+    counts = torch.tensor(counts, dtype=torch.float64)
+    total, count = world.total(torch.stack([torch.stack(losses).cpu().double() @ counts, counts.sum()])).tolist()
+    return total / count
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
+class RunFailed(Exception):
+    """A run that cannot go on, through no mistake in what was typed: one line on stderr, exit status 1."""
+
+
+class Log:
+    """The console's table and out_dir/log.jsonl: one line each time, by rank 0 alone."""
+
+    def __init__(self, out, world, progress, peak_tokens_per_second):
+        self.path = out / "log.jsonl" if world.rank == 0 else None
+        self.peak = peak_tokens_per_second
+        self.launched = LAUNCHED - progress.elapsed  # of a resumed run, as if it had never stopped
+        self.first_step, self.began = progress.step, time.time()
+        if self.path is None:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        kept = []  # a resumed run's log goes on after the checkpoint's own line
+        if progress.step and self.path.exists():
+            kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= progress.step]
+        self.path.write_text("".join(kept), encoding="utf-8", newline="\n")
+        print("    step    loss     val       lr   norm   tokens/s  elapsed     left" + ("   MFU" if self.peak else ""))
+
+    def elapsed(self):
+        """Seconds since the run was launched, its earlier parts included."""
+        return time.time() - self.launched
+
+    def line(self, step, max_iters, loss, val_loss, bits_per_byte, lr, grad_norm, tokens_per_second):
+        """Write one line; val_loss and bits_per_byte are None where nothing was evaluated."""
+        if self.path is None:
+            return
+        record = dict(step=step, loss=loss, val_loss=val_loss, bits_per_byte=bits_per_byte, lr=lr, grad_norm=grad_norm,
+                      tokens_per_second=round(tokens_per_second), elapsed=round(self.elapsed(), 3))
+        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(record) + "\n")
+        left = (time.time() - self.began) / (step - self.first_step) * (max_iters - step)
+        val = " " * 8 if val_loss is None else f"{val_loss:8.4f}"
+        mfu = f"{tokens_per_second / self.peak:6.1%}" if self.peak else ""
+        print(f"{step:8d}{loss:8.4f}{val}{lr:9.1e}{grad_norm:7.3f}{tokens_per_second:11,.0f}{clock(self.elapsed()):>9}"
+              f"{clock(left):>9}{mfu}", flush=True)
+
+
+def clock(seconds):
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+class StopSignal:
+    """Remembers a SIGINT or SIGTERM, for the loop to stop after the step; a second SIGINT interrupts at once."""
+
+    def __init__(self):
+        self.number, self.agreed = 0, False  # agreed: some process was asked to stop, and all know it
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def accumulate_gradients(model, scaler, split, s, world, sequences):
+    """Forward and backward over this process's share of the global batch, in passes of at most batch_size.
+
+    Returns this process's part of the batch's mean loss, a scalar tensor. The gradients, once
+    DistributedDataParallel has averaged them, are those of the mean over the whole batch, however it was cut.
+    """
+    whole = s.batch_size * s.gradient_accumulation_steps
+    share = world.share(sequences, whole)
+    passes = [(first, min(s.batch_size, share.stop - first)) for first in share[::s.batch_size]]
+    passes = passes or [(sequences, 0)]  # more processes than sequences: join the synchronization with weight 0
+    total = torch.zeros((), device=world.device)
+    for first, count in passes:
+        x, y = training_batch(split, s, first, max(1, count), world.device)
+        synchronize = first == passes[-1][0] or world.size == 1  # once a step
+        with nullcontext() if synchronize else model.no_sync():
+            loss = model(x, y)[1] * (count / whole)
+            scaler.scale(loss * world.size).backward()
+        total += loss.detach()
+    return total
+
+
+def update(model, optimizers, scaler, lr, grad_clip):
+    """Clip the gradients and take one optimizer step at learning rate lr. Returns the norm before clipping."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    model.zero_grad(set_to_none=True)
+    return grad_norm
+
+
+def check_data(s, splits, meta, checkpoint):
+    """Refuse settings that do not fit the data, or the checkpoint to go on from. Raises UserError."""
+    for split in splits.values():
+        if split.count <= s.block_size:
+            raise UserError(f"block_size={s.block_size} is longer than {split.path} ({split.count:,} tokens): "
+                            f"for example --block_size={max(1, split.count // 8)}, or prepare more text")
+    if s.vocab_size < meta["vocab_size"]:
+        raise UserError(f"vocab_size={s.vocab_size} is less than the data's {meta['vocab_size']}: leave it out")
+    if checkpoint is None:
+        return
+    fixed = [f.name for f in fields(GPTConfig) if f.name != "dropout"] + ["optimizer"]
+    for key in fixed:
+        if getattr(s, key) != (before := checkpoint["config"][key]):
+            raise UserError(f"{key}={getattr(s, key)} cannot be changed on resume: the checkpoint has {before}. "
+                            "Leave it out, or train anew with another --out_dir")
+    if meta["tokenizer"] != checkpoint["tokenizer"]:
+        raise UserError(f"dataset={s.dataset} has another tokenizer than the checkpoint: resume with the data it was "
+                        "trained on, or train anew with another --out_dir")
+
+
+def check_finite(progress, grad_norm, scaler, s):
+    """Stop before numbers that are no longer finite are saved. float16's scaler skips infinite gradients by design."""
+    if math.isfinite(progress.loss_sum) and (math.isfinite(grad_norm) or scaler.is_enabled()):
+        return
+    kept = Path(s.out_dir) / "ckpt.pt"
+    raise RunFailed(
+        f"loss or gradient is not finite at or shortly before step {progress.step}; "
+        + (f"{kept} is from before it" if kept.exists() else "no checkpoint was written yet")
+        + f". Usual causes: learning_rate={s.learning_rate:g} too high, warmup_iters={s.warmup_iters} too short, "
+        f"or dtype={s.dtype} too coarse (try --dtype=float32)")
+
+
+def announce(say, s, world, meta, model):
+    """The run in a few lines, before it begins."""
+    parts, tokens = model.parameters_by_part(), s.batch_size * s.gradient_accumulation_steps * s.block_size
+    train_tokens, val_tokens = meta["tokens"]["train"], meta["tokens"]["val"]
+    say(f"corpus     {meta['corpus']}: {train_tokens:,} training and {val_tokens:,} validation tokens of "
+        f"{meta['vocab_size']:,} kinds")
+    if "note" in meta:
+        say(f"           {meta['note']}")
+    say(f"settings   {changed(s)}")
+    say(f"model      {sum(parts.values()):,} parameters: " + ", ".join(f"{v:,} {k}" for k, v in parts.items() if v))
+    say(f"hardware   {world.device}, {str(model.compute_dtype).removeprefix('torch.')}, "
+        f"{world.size} process{'es' * (world.size > 1)}")
+    say(f"work       {s.max_iters:,} steps of {tokens:,} tokens, {s.max_iters * tokens / train_tokens:.1f} epochs")
+
+
+def farewell(say, s, progress, stop, bits_per_byte):
+    """The run in a line or two, after its end. Returns the exit status."""
+    folder = "" if s.out_dir == "out" else f" --out_dir={s.out_dir}"
+    if stop.agreed:
+        say(f"stopped at step {progress.step}, all is saved; to go on: python train.py --init_from=resume{folder}")
+        return 128 + (stop.number or signal.SIGTERM)
+    best = progress.best_val_loss
+    say(f"best validation loss {best:.4f} ({best * bits_per_byte:.4f} bits per byte) at step {progress.best_step}, in "
+        f"{Path(s.out_dir) / 'best.pt'}\nto hear it: python sample.py{folder}")
+    return 0
+
+
+class Run:
+    """Everything that a checkpoint holds: the raw model, its optimizers and how far they have come."""
+
+    def __init__(self, s, meta, device):
+        torch.manual_seed(s.seed)
+        self.settings, self.meta = s, meta
+        self.tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+        self.model = GPT(s).to(device)
+        self.model.compute_dtype = choose_dtype(s, device)
+        self.optimizers = make_optimizers(self.model, s, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.model.compute_dtype == torch.float16)
+        self.progress = Progress()
+
+    def restore(self, checkpoint):
+        """Go on from a checkpoint's state."""
+        self.model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.progress = Progress(**{f.name: checkpoint[f.name] for f in fields(Progress)})
+
+    def save(self, path):
+        """Write the checkpoint to `path`."""
+        save_checkpoint(path, dict(
+            format=1, model=self.model.state_dict(), optimizer=[o.state_dict() for o in self.optimizers],
+            scaler=self.scaler.state_dict(), config=asdict(self.settings), tokenizer=self.meta["tokenizer"],
+            corpus=self.meta["corpus"], **asdict(self.progress)))
+
+
+def train(s, checkpoint=None):
+    """Train as the settings say, from a checkpoint's state if one is given. Returns the exit status."""
+    world = join_world(s)
+    folder, meta = read_meta(s)
+    splits = {name: Split(folder, name, meta) for name in ("train", "val")}
+    s.vocab_size = s.vocab_size or meta["vocab_size"]
+    check_data(s, splits, meta, checkpoint)
+    run = Run(s, meta, world.device)
+    if checkpoint:
+        run.restore(checkpoint)
+    model, progress, out = run.model, run.progress, Path(s.out_dir)
+    bits_per_byte = meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2)  # times the loss in nats a token
+    say = print if world.rank == 0 else lambda *args: None
+    announce(say, s, world, meta, model)
+    if s.eval_only:
+        val_loss = evaluate(model, splits["val"], s, world)
+        say(f"validation loss {val_loss:.4f} ({val_loss * bits_per_byte:.4f} bits per byte)")
+        return 0
+
+    # Three names for one set of weights: the raw model, which is saved; compiled; and synchronized over processes.
+    compiled = synchronized = compile_model(model, s) if compile_pays(model, s, world) else model
+    if world.size > 1:
+        synchronized = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+    if world.rank == 0 and not checkpoint:
+        set_aside(out)
+    peak = peak_flops(world.device, model.compute_dtype)
+    log = Log(out, world, progress, peak and peak * world.size / model.flops_per_token())
+    stop = StopSignal()
+    loss_sum = torch.tensor(progress.loss_sum if world.rank == 0 else 0.0, device=world.device)
+    timed_from, began = progress.step, time.perf_counter()
+    while progress.step < s.max_iters and not stop.agreed:
+        # One update. Dropout is a function of (seed, step, rank), so that there is no random state to save.
+        torch.manual_seed((s.seed * 1_000_003 + progress.step) * 65_537 + world.rank)
+        lr = learning_rate(progress.step, s)
+        loss_sum += accumulate_gradients(synchronized, run.scaler, splits["train"], s, world, progress.sequences)
+        grad_norm = update(model, run.optimizers, run.scaler, lr, s.grad_clip)
+        progress.step += 1
+        progress.loss_count += 1
+        progress.sequences += s.batch_size * s.gradient_accumulation_steps
+
+        evaluating = progress.step % s.eval_interval == 0 or progress.step == s.max_iters
+        logging = evaluating or progress.step % s.log_interval == 0
+        stop.agreed = world.any(bool(stop.number))
+        if not (logging or stop.agreed):
+            continue  # without waiting for the device
+
+        progress.loss_sum = world.total(loss_sum).item()
+        check_finite(progress, grad_norm.item(), run.scaler, s)
+        tokens_per_second = (progress.step - timed_from) * run.tokens_per_step / (time.perf_counter() - began)
+        val_loss, best = None, False
+        if evaluating:
+            val_loss = evaluate(compiled, splits["val"], s, world)
+            best = val_loss < progress.best_val_loss
+        if best:
+            progress.best_val_loss, progress.best_step = val_loss, progress.step
+        if logging:
+            log.line(progress.step, s.max_iters, progress.loss_sum / progress.loss_count, val_loss,
+                     val_loss and val_loss * bits_per_byte, lr, grad_norm.item(), tokens_per_second)
+            progress.loss_sum, progress.loss_count = 0.0, 0
+        loss_sum.fill_(progress.loss_sum if world.rank == 0 else 0.0)
+        progress.elapsed = log.elapsed()
+        if world.rank == 0 and best:
+            run.save(out / "best.pt")
+        if world.rank == 0 and (evaluating or stop.agreed):
+            run.save(out / "ckpt.pt")
+        timed_from, began = progress.step, time.perf_counter()
+    return farewell(say, s, progress, stop, bits_per_byte)
+
+
+def configure(argv):
+    """The settings and, when resuming, the checkpoint that the command line asks for. Raises UserError."""
+    s = override(Settings(), argv)
+    checkpoint = None
+    if s.init_from == "resume":
+        path = Path(s.out_dir) / "ckpt.pt"
+        checkpoint = load_checkpoint(path)
+        try:
+            base = Settings(**checkpoint["config"])
+        except TypeError as error:
+            raise UserError(f"{path} was written by another version of train.py: {error}") from None
+        s = override(base, argv)  # the run's own settings, and over them what is asked for now
+    check(s)
+    return s, checkpoint
+
+
+def main(argv=None):
+    """The command line. Returns the exit status: 0 done, 1 failed, 2 a user's mistake, 128 + n stopped by signal n."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of a machine speaks for all
+    if "--help" in argv or "-h" in argv:
+        print(__doc__ + "\nSettings, each with its default:\n" + describe(Settings))
+        return 0
+    try:
+        return train(*configure(argv))
+    except (UserError, RunFailed) as error:
+        if first:
+            print(f"train.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the last checkpoint is whole", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
