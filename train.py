@@ -46,6 +46,13 @@ def setting(default, reason, choices=None):
     return field(default=default, metadata={"reason": reason, "choices": choices})
 
 
+SIZES = {  # n_layer, n_head, n_embd, as in minGPT's table
+    "gpt-nano": (3, 3, 48), "gpt-micro": (4, 4, 128), "gpt-mini": (6, 6, 192), "gopher-44m": (8, 16, 512),
+    "openai-gpt": (12, 12, 768), "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+
 @dataclass
 class GPTConfig:
     """What a GPT is made of: all that the model reads. GPT-2 itself is config/gpt2.py."""
@@ -69,6 +76,7 @@ class GPTConfig:
 @dataclass
 class Settings(GPTConfig):
     """All that can be set: the model's own settings, then the run's. Names are nanoGPT's where the meaning is."""
+    size: str = setting("", "sets n_layer, n_head and n_embd by a model's name", ("", *SIZES))
     # files
     dataset: str = setting("char", "folder below data/ that prepare.py wrote, or a path to one")
     out_dir: str = setting("out", "folder of checkpoints and log")
@@ -104,19 +112,11 @@ class Settings(GPTConfig):
                          ("auto", "float32", "bfloat16", "float16"))
     compile: str = setting("auto", "torch.compile; auto where it pays back within the run", ("auto", "True", "False"))
     seed: int = setting(1337, "of the weights, the batches and the dropout")
-    # a shorthand that sets n_layer, n_head and n_embd where it stands
-    size: str = setting("", "a model size by name; sets n_layer, n_head and n_embd", (
-        "", "gpt-nano", "gpt-micro", "gpt-mini", "gopher-44m", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))
 
 
-SIZES = {  # n_layer, n_head, n_embd, as in minGPT's table
-    "gpt-nano": (3, 3, 48), "gpt-micro": (4, 4, 128), "gpt-mini": (6, 6, 192), "gopher-44m": (8, 16, 512),
-    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
-}
 RETIRED = {  # nanoGPT settings that need no counterpart: accepted with a note, so that its config files load
-    "always_save_checkpoint": "best.pt keeps the best model and ckpt.pt the latest",
-    "backend": "the device decides it", "wandb_log": "out/log.jsonl holds the curve",
-    "wandb_project": "out/log.jsonl holds the curve", "wandb_run_name": "out/log.jsonl holds the curve",
+    "always_save_checkpoint": "best.pt keeps the best model and ckpt.pt the latest", "backend": "the device decides it",
+    **dict.fromkeys(("wandb_log", "wandb_project", "wandb_run_name"), "log.jsonl in out_dir holds the curve"),
 }
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -127,16 +127,13 @@ def literal(node):
     """The value of a syntax tree made of literals and arithmetic on numbers. ValueError for anything else."""
     if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
         return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        value = literal(node.operand)
-        if isinstance(value, (int, float)):
-            return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        node = ast.BinOp(ast.Constant(0), ast.Sub(), node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
         left, right = literal(node.left), literal(node.right)
-        if isinstance(left, (int, float)) and isinstance(right, (int, float)):
-            # 9**9**9 would otherwise fill the memory before anyone could object
-            if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
-                raise ValueError("a power this large")
+        numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
+        # 9**9**9 would fill the memory before anyone could object
+        if numbers and not (isinstance(node.op, ast.Pow) and (left < 0 or left > 1e6 or abs(right) > 64)):
             return ARITHMETIC[type(node.op)](left, right)
     raise ValueError("not a literal")
 
@@ -145,60 +142,48 @@ def read_config(path):
     """The (key, value, "file:line") triples of a config file of `key = literal` lines. Parsed, never executed."""
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(str(path), [p.as_posix() for p in Path("config").rglob("*.py")], 1)
-        raise UserError(f"config file {path} does not exist" + (f": did you mean {near[0]}?" if near else
-                        ": flags are written --key=value, config files end in .py")) from None
     except OSError as error:
-        raise UserError(f"cannot read config file {path}: {error.strerror}") from None
+        near = difflib.get_close_matches(str(path), [p.as_posix() for p in Path("config").rglob("*.py")], 1)
+        hint = f"did you mean {near[0]}?" if near else "flags are written --key=value, config files end in .py"
+        raise UserError(f"cannot read config file {path} ({error.strerror}): {hint}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{path}:{getattr(error, 'lineno', None) or 1}: not a config file: "
-                        "write one `key = value` a line") from None
+        where = f"{path}:{getattr(error, 'lineno', None) or 1}"
+        raise UserError(f"{where}: not a config file: write one `key = value` a line") from None
     found = []
     for node in tree.body:
         where = f"{path}:{node.lineno}"
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise UserError(f"{where}: only `key = value` lines are read in a config file, nothing is executed: "
-                            f"found `{ast.unparse(node).splitlines()[0][:60]}`")
         try:
-            found.append((node.targets[0].id, literal(node.value), where))
-        except (ValueError, ArithmeticError, RecursionError):
-            raise UserError(f"{where}: the value of {node.targets[0].id} must be a number, a string, True or False, or "
-                            f"arithmetic on numbers, not `{ast.unparse(node.value)[:60]}`") from None
+            [target] = node.targets
+            found.append((target.id, literal(node.value), where))
+        except (AttributeError, ValueError, ArithmeticError, RecursionError):
+            raise UserError(f"{where}: nothing in a config file is executed: write `key = value`, the value a "
+                            "number, a string, True or False, or arithmetic on numbers") from None
     return found
 
 
 def convert(spec, value, where):
-    """`value` (from a config file, or text from the command line) as the type of the setting `spec`."""
-    wanted, choices = spec.type, spec.metadata["choices"]
+    """`value`, a literal of a config file or a word of the command line, as the type of the setting `spec`."""
     try:
-        if wanted is bool:
+        if spec.type is bool:
             return WORDS[str(value).lower()]
-        if wanted is str:
+        if spec.type is str:
             value = str(value)
-        elif isinstance(value, str):  # command line: 5e3 and 5000 both mean the int 5000
-            try:
-                value = int(value)
-            except ValueError:
-                value = float(value)
-        if wanted is int and (isinstance(value, bool) or value != int(value)):
-            raise ValueError
-        value = wanted(value)
-        if wanted is float and not math.isfinite(value):
-            raise ValueError
+        else:
+            number = float(value)  # so that 5e3 is a whole number too
+            if isinstance(value, bool) or not math.isfinite(number) or (spec.type is int and number % 1):
+                raise ValueError
+            value = spec.type(number)
     except (KeyError, ValueError, OverflowError):
-        kind = {int: "a whole number", float: "a number", bool: "True or False"}[wanted]
+        kind = {int: "a whole number", float: "a number", bool: "True or False"}[spec.type]
         example = f"for example --{spec.name}={spec.default}"
         raise UserError(f"{where}: {spec.name}={value} is not {kind}: {example}") from None
-    if choices and value not in choices:
-        same = [c for c in choices if c.lower() == value.lower()]
-        if not same:
-            listed = ", ".join(c for c in choices if c)
-            raise UserError(f"{where}: {spec.name}={value} is not one of {listed}")
-        value = same[0]
-    return value
+    choices = {choice.lower(): choice for choice in spec.metadata["choices"] or ()}
+    if choices and value.lower() not in choices:
+        listed = ", ".join(choice for choice in choices.values() if choice)
+        raise UserError(f"{where}: {spec.name}={value} is not one of {listed}")
+    return choices[value.lower()] if choices else value
 
 
 def flags(argv, specs):
@@ -210,33 +195,30 @@ def flags(argv, specs):
             yield from read_config(arg)
             continue
         key, equals, value = arg[2:].partition("=")
-        key = key.replace("-", "_")
-        if not equals:
-            flag = key in specs and specs[key].type is bool
-            if flag and not (rest and rest[0].lower() in WORDS):
-                value = "True"
-            elif rest:
-                value = rest.pop(0)
-            elif key in specs:
-                raise UserError(f"command line: --{key} needs a value: for example --{key}={specs[key].default}")
+        if not equals and key in specs and specs[key].type is bool:
+            value = rest.pop(0) if rest and rest[0].lower() in WORDS else "True"
+        elif not equals and rest:
+            value = rest.pop(0)
+        elif not equals and key in specs:
+            raise UserError(f"command line: --{key} needs a value: for example --{key}={specs[key].default}")
         yield key, value, "command line"
 
 
 def override(settings, argv):
-    """Set what `argv` (config files and flags, later wins) says on `settings`, any dataclass of `setting` fields.
+    """Set on `settings`, any dataclass of `setting` fields, what `argv` says: config files and flags, later wins.
 
     Returns the same object. Raises UserError with the place, the value found and the nearest known name.
     """
     specs = {spec.name: spec for spec in fields(settings)}
     for key, value, where in flags(argv, specs):
-        if key in RETIRED and key not in specs:
+        if key in specs:
+            setattr(settings, key, convert(specs[key], value, where))
+        elif key in RETIRED:
             print(f"note: {where}: {key} has no use here: {RETIRED[key]}", file=sys.stderr)
-            continue
-        if key not in specs:
+        else:
             near = difflib.get_close_matches(key, specs, 1)
-            raise UserError(f"{where}: unknown setting {key}" + (f": did you mean {near[0]}?" if near else
-                            ": --help lists them all"))
-        setattr(settings, key, convert(specs[key], value, where))
+            hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+            raise UserError(f"{where}: unknown setting {key}: {hint}")
         if key == "size" and settings.size:
             settings.n_layer, settings.n_head, settings.n_embd = SIZES[settings.size]
     return settings
@@ -294,26 +276,20 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm over the last dimension, with or without learned parameters."""
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm over the last dimension; learned parameters only if asked for."""
 
-    def __init__(self, config):
+    def __init__(self, config, learned):
         super().__init__()
         self.kind = config.norm
-        with_bias = config.norm_weight and config.bias and config.norm == "layernorm"
-        self.weight = nn.Parameter(torch.ones(config.n_embd)) if config.norm_weight else None
+        with_bias = learned and config.bias and config.norm == "layernorm"
+        self.weight = nn.Parameter(torch.ones(config.n_embd)) if learned else None
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if with_bias else None
 
     def forward(self, x):
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return normalize(x, self.kind, weight, bias)
-
-
-def normalize(x, kind, weight=None, bias=None):
-    """x (..., C) scaled to unit root mean square ("rmsnorm"), or to zero mean and unit variance ("layernorm")."""
-    if kind == "rmsnorm":
-        return F.rms_norm(x, x.shape[-1:], weight)
-    return F.layer_norm(x, x.shape[-1:], weight, bias)
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        if self.kind == "rmsnorm":
+            return F.rms_norm(x, x.shape[-1:], weight)
+        return F.layer_norm(x, x.shape[-1:], weight, bias)
 
 
 def rotary(positions, head_size):
@@ -332,16 +308,15 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.n_head, self.norm = layer, config.n_head, config.norm if config.qk_norm else None
+        self.layer, self.n_head = layer, config.n_head
+        self.qk_norm = Norm(config, learned=False) if config.qk_norm else nn.Identity()
         self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, rotation, cache):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qk, v = qkv[:, :, :2], qkv[:, :, 2]  # queries and keys go as one tensor: half as many kernels
-        if self.norm:
-            qk = normalize(qk, self.norm)
+        qk, v = self.qk_norm(qkv[:, :, :2]), qkv[:, :, 2]  # queries and keys as one tensor: half as many kernels
         if rotation is not None:
             cos, sin = rotation
             qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
@@ -355,8 +330,22 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
 
 
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)**2 (So et al. 2021, arXiv 2109.08668), with a backward pass of two kernels where autograd takes five."""
+
+    @staticmethod
+    def forward(ctx, x):
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0] * 2
+
+
 ACTIVATIONS = {
-    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv 2109.08668
+    "relu2": SquaredReLU.apply,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's
 }
@@ -381,8 +370,8 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.dropout = config.dropout
-        self.norm1, self.attn = Norm(config), Attention(config, layer)
-        self.norm2, self.mlp = Norm(config), MLP(config)
+        self.norm1, self.attn = Norm(config, config.norm_weight), Attention(config, layer)
+        self.norm2, self.mlp = Norm(config, config.norm_weight), MLP(config)
 
     def forward(self, x, rotation, cache):
         # Dropout is on the branches, not on the attention weights, which would lose the fused attention kernel.
@@ -408,7 +397,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(rows, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = Norm(config)
+        self.norm = Norm(config, config.norm_weight)
         self.head = Linear(config.n_embd, rows, bias=False)
         self.init_weights()
         if config.tied_head:
@@ -460,10 +449,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Floating-point operations of a forward and backward pass, by token (PaLM, arXiv 2204.02311, appendix B)."""
-        c, matrices = self.config, sum(p.numel() for p in self.parameters() if p.ndim == 2)
-        lookups = self.wpe.weight.numel() if self.wpe is not None else 0
-        lookups += 0 if c.tied_head else self.wte.weight.numel()
-        return 6 * (matrices - lookups) + 12 * c.n_layer * c.n_embd * c.block_size
+        c, weights = self.config, sum(p.numel() for p in self.blocks.parameters()) + self.head.weight.numel()
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -662,26 +649,20 @@ class World:
 
 def join_world(s):
     """The World of this process: torchrun's environment if there is one, else alone. Raises UserError on the device."""
-    rank, size, local = (int(os.environ.get(key, default)) for key, default in
-                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    size, size_here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     name, gpus = s.device, torch.cuda.device_count()
-    if name == "auto":
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        mps = torch.backends.mps.is_available() and size == 1
-        name = "cuda" if gpus >= here and gpus else "mps" if mps else "cpu"
+    if name == "auto" and size_here <= gpus:
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() and size == 1 else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device={name} is not known: use auto, cpu, cuda, cuda:0 or mps") from None
-    if device.type == "cuda" and size > 1:
-        device = torch.device("cuda", local)
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device={name} is not supported: use auto, cpu, cuda, cuda:0 or mps")
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise UserError(f"device={device} is not there, torch {torch.__version__} sees {gpus} CUDA devices: "
-                        "use --device=auto" + (f" or --nproc_per_node={gpus}" if gpus else " or --device=cpu"))
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"device=mps is not there: torch {torch.__version__} sees no Apple GPU: use --device=auto")
+        device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+        torch.zeros(1, device=device)  # the surest test that it is there
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"device={name} cannot be used here ({reason}; {gpus} CUDA devices are seen): "
+                        "use --device=auto, cpu, cuda or mps, with one process a GPU") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TensorFloat-32 where float32 is asked for
@@ -702,18 +683,13 @@ def choose_dtype(s, device):
     return torch.float32
 
 
-PEAK_FLOPS = {  # dense 16-bit operations a second, from the makers' data sheets
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12,
-    "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
-}
-
-
 def peak_flops(device, dtype):
-    """The device's peak operations a second for a 16-bit dtype, or None where it is not known."""
+    """The device's dense 16-bit operations a second, from its maker's data sheet, or None where it is not known."""
+    peaks = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return next((peak for key, peak in peaks.items() if key in name), None)
 
 
 def compile_pays(model, s, world):
@@ -834,7 +810,7 @@ def learning_rate(step, s):
     if s.schedule == "cosine":
         left = 0.5 * (1 + math.cos(math.pi * (step - s.warmup_iters) / (end - s.warmup_iters)))
     else:
-        left = min(1.0, (end - step) / max(1, s.decay_share * (end - s.warmup_iters)))
+        left = min(1.0, (end - step) / (s.decay_share * (end - s.warmup_iters)))
     return s.min_lr + left * (s.learning_rate - s.min_lr)
 
 
@@ -888,7 +864,9 @@ class Log:
         if progress.step and self.path.exists():
             kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= progress.step]
-        self.path.write_text("".join(kept), encoding="utf-8", newline="\n")
+        temporary = self.path.with_name("log.jsonl.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8", newline="\n")
+        os.replace(temporary, self.path)
         print("    step    loss     val       lr   norm   tokens/s  elapsed     left" + ("   MFU" if self.peak else ""))
 
     def elapsed(self):
