@@ -23,8 +23,9 @@ import operator
 import os
 import signal
 import sys
+import zipfile
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,10 @@ import torch.nn.functional as F
 
 class UserError(Exception):
     """A mistake of the user's: shown as one line on stderr, exit status 2."""
+
+
+class RunFailed(Exception):
+    """A run that cannot go on, through no mistake in what was typed: one line on stderr, exit status 1."""
 
 
 def setting(default, reason, choices=None):
@@ -103,6 +108,7 @@ class Settings(GPTConfig):
     min_lr: float = setting(0.0, "learning rate at the end of the decay")
     # evaluation and log
     eval_interval: int = setting(250, "updates between evaluations, each followed by a checkpoint")
+    checkpoint_minutes: float = setting(10.0, "save also when this long has passed since the last time; 0 is off")
     eval_iters: int = setting(0, "batches in an evaluation; 0 is the whole validation split")
     eval_only: bool = setting(False, "evaluate once and stop")
     log_interval: int = setting(10, "updates between log lines")
@@ -111,6 +117,7 @@ class Settings(GPTConfig):
     dtype: str = setting("auto", "of the matrix products; auto is bfloat16 where the hardware multiplies it natively",
                          ("auto", "float32", "bfloat16", "float16"))
     compile: str = setting("auto", "torch.compile; auto where it pays back within the run", ("auto", "True", "False"))
+    deterministic: bool = setting(False, "bitwise equal runs on GPUs too, at some cost in speed; CPU runs always are")
     seed: int = setting(1337, "of the weights, the batches and the dropout")
 
 
@@ -237,7 +244,7 @@ def describe(cls):
 def changed(settings):
     """The settings that differ from their defaults, as one line of key=value words."""
     return " ".join(f"{s.name}={getattr(settings, s.name)}" for s in fields(settings)
-                    if s.default is not MISSING and getattr(settings, s.name) != s.default)
+                    if getattr(settings, s.name) != s.default)
 
 
 def check(s):
@@ -550,7 +557,8 @@ class Split:
     """The token ids of one split ("train" or "val"), never loaded whole."""
 
     def __init__(self, folder, name, meta):
-        self.path, self.dtype, self.count = folder / f"{name}.bin", np.dtype(meta["dtype"]), meta["tokens"][name]
+        self.path, self.count, self.vocab_size = folder / f"{name}.bin", meta["tokens"][name], meta["vocab_size"]
+        self.dtype = np.dtype(meta["dtype"])
         try:
             self.file = open(self.path, "rb")  # held open: a folder replaced under a running job does not reach it
         except OSError as error:
@@ -561,10 +569,17 @@ class Split:
                             f"{self.dtype.itemsize}: run prepare.py again")
 
     def read(self, starts, length):
-        """Token ids (len(starts), length), int64; positions past the end repeat the last token."""
-        tokens = np.memmap(self.file, self.dtype, "r")  # mapped anew each time, or pages read would stay resident
+        """Token ids (len(starts), length), int64; positions past the end repeat the last token.
+
+        Raises RunFailed for an id beyond the vocabulary, which only a damaged file has.
+        """
         index = np.minimum(starts[:, None] + np.arange(length), self.count - 1)
-        return torch.from_numpy(tokens[index].astype(np.int64))
+        tokens = np.memmap(self.file, self.dtype, "r")[index]  # mapped anew, or all pages ever read would stay resident
+        if tokens.max() >= self.vocab_size:
+            where = index.flat[tokens.argmax()]
+            raise RunFailed(f"{self.path} is damaged: token {where:,} (byte {where * self.dtype.itemsize:,}) is "
+                            f"{tokens.max()}, its vocabulary has {self.vocab_size}: run prepare.py again")
+        return torch.from_numpy(tokens.astype(np.int64))
 
 
 def mix(x):
@@ -642,22 +657,29 @@ class World:
             dist.all_reduce(x)
         return x
 
-    def any(self, flag):
-        """True in every process when `flag` is true in any."""
-        return bool(self.total(torch.tensor(float(flag)))) if self.size > 1 else flag
+    def any(self, *flags):
+        """For each flag, whether it is true in any process."""
+        return [count > 0 for count in self.total(torch.tensor(flags, dtype=torch.float32)).tolist()]
 
 
 def join_world(s):
     """The World of this process: torchrun's environment if there is one, else alone. Raises UserError on the device."""
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     size, size_here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if s.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     name, gpus = s.device, torch.cuda.device_count()
     if name == "auto" and size_here <= gpus:
         name = "cuda"
     elif name == "auto":
         name = "mps" if torch.backends.mps.is_available() and size == 1 else "cpu"
     try:
-        device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+        device = torch.device(name)
+        if device.type == "cuda" and size > 1 or name == "cuda":
+            device = torch.device("cuda", local)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not one that train.py knows")
         torch.zeros(1, device=device)  # the surest test that it is there
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:100]
@@ -724,7 +746,7 @@ def compile_model(model, s):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint: a plain dict of tensors and plain values, written whole or not at all, read without running code.
 
-RUN_FILES = ("ckpt.pt", "best.pt", "log.jsonl")
+RUN_FILES = ("ckpt.pt", "ckpt-previous.pt", "best.pt", "log.jsonl")
 
 
 @dataclass
@@ -739,32 +761,57 @@ class Progress:
     elapsed: float = 0.0  # seconds since launch, earlier parts of the run included
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a dict to `path` so that at every moment the old file or the new one is there, whole."""
+def save_checkpoint(path, checkpoint, keep=None):
+    """Write a dict to `path` so that at every moment the old file or the new one is there, whole.
+
+    The old one is kept as `keep` if that is given. Raises OSError or RuntimeError when it cannot be written; the old
+    file is then as it was.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path):
     """The dict that save_checkpoint wrote, on the CPU. Runs no code from the file. Raises UserError."""
     path = Path(path)
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.save writes a zip file with a checksum of each tensor
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())  # or it could swell
+            if not stored or archive.testzip() is not None:
+                raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        whole = checkpoint["format"] == 1 and {"model", "config", "tokenizer", "step"} <= checkpoint.keys()
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: run `python train.py` first, or name its --out_dir") from None
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
-    except Exception:  # torch.load raises many kinds for a damaged or a hostile file
-        raise UserError(f"{path} is damaged or not a checkpoint of train.py (nothing in it was run): "
-                        "name another with --out_dir, or train anew") from None
-    if not (isinstance(checkpoint, dict) and checkpoint.get("format") == 1 and
-            {"model", "config", "tokenizer", "step"} <= checkpoint.keys()):
-        raise UserError(f"{path} is not a checkpoint of this version of train.py: train anew")
+    except Exception:  # zipfile and torch.load raise many kinds for a damaged or a hostile file
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged, or not a checkpoint of this version of train.py (nothing in it was run): "
+                        "name another with --out_dir, or train anew")
     return checkpoint
+
+
+def latest_checkpoint(out):
+    """The newest checkpoint in folder `out` that is whole: ckpt.pt, or the one before it with a note. UserError."""
+    try:
+        return load_checkpoint(out / "ckpt.pt")
+    except UserError as error:
+        if not (out / "ckpt-previous.pt").exists():
+            raise
+        checkpoint = load_checkpoint(out / "ckpt-previous.pt")
+        print(f"note: {error}; going on from ckpt-previous.pt, step {checkpoint['step']}", file=sys.stderr)
+        return checkpoint
 
 
 def model_from_checkpoint(checkpoint, path="checkpoint"):
@@ -777,6 +824,28 @@ def model_from_checkpoint(checkpoint, path="checkpoint"):
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"{path}: its weights and its settings do not fit together: {reason}") from None
     return model.eval()
+
+
+def claim(out):
+    """Make folder `out` and hold it for this process until the file returned is closed, by a crash at the latest.
+
+    Raises UserError when another run holds it, or when it cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to out_dir={out} ({error.strerror}): choose another with --out_dir") from None
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"out_dir={out} is in use by another run: wait for it, or choose another --out_dir") from None
+    return file
 
 
 def set_aside(out):
@@ -825,28 +894,24 @@ def evaluate(model, split, s, world):
     if s.eval_iters:
         windows = min(windows, s.eval_iters * s.batch_size)
     mine = world.share(0, windows)
-    losses, counts = [torch.zeros((), device=world.device)], [0]
+    batches = mine[::s.batch_size]
+    losses, counts = torch.zeros(len(batches), device=world.device), torch.zeros(len(batches), dtype=torch.float64)
     model.eval()
-    for first in mine[::s.batch_size]:
+    for i, first in enumerate(batches):
         rows = np.arange(first, first + s.batch_size)  # always a full batch: one shape, compiled once
         tokens = split.read(rows * T, T + 1)
         x, y = tokens[:, :-1], tokens[:, 1:].clone()
         past = rows[:, None] * T + np.arange(1, T + 1) >= split.count
         y[torch.from_numpy(past | (rows >= mine.stop)[:, None])] = -1
-        losses.append(model(x.to(world.device), y.to(world.device))[1])
-        counts.append(int((y >= 0).sum()))
+        losses[i] = model(x.to(world.device), y.to(world.device))[1]  # stays on the device: nothing waits here
+        counts[i] = (y >= 0).sum()
     model.train()
-    counts = torch.tensor(counts, dtype=torch.float64)
-    total, count = world.total(torch.stack([torch.stack(losses).cpu().double() @ counts, counts.sum()])).tolist()
+    total, count = world.total(torch.stack([losses.cpu().double() @ counts, counts.sum()])).tolist()
     return total / count
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop.
-
-
-class RunFailed(Exception):
-    """A run that cannot go on, through no mistake in what was typed: one line on stderr, exit status 1."""
 
 
 class Log:
@@ -859,13 +924,10 @@ class Log:
         self.first_step, self.began = progress.step, time.time()
         if self.path is None:
             return
-        out.mkdir(parents=True, exist_ok=True)
-        kept = []  # a resumed run's log goes on after the checkpoint's own line
-        if progress.step and self.path.exists():
-            kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= progress.step]
-        temporary = self.path.with_name("log.jsonl.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8", newline="\n")
+        lines = self.path.read_text(encoding="utf-8").splitlines() if progress.step and self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= progress.step]
+        temporary = self.path.with_name("log.jsonl.tmp")  # a resumed run's log goes on after the checkpoint's own line
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8", newline="\n")
         os.replace(temporary, self.path)
         print("    step    loss     val       lr   norm   tokens/s  elapsed     left" + ("   MFU" if self.peak else ""))
 
@@ -879,13 +941,29 @@ class Log:
             return
         record = dict(step=step, loss=loss, val_loss=val_loss, bits_per_byte=bits_per_byte, lr=lr, grad_norm=grad_norm,
                       tokens_per_second=round(tokens_per_second), elapsed=round(self.elapsed(), 3))
-        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(self.path, json.dumps(record))
         left = (time.time() - self.began) / (step - self.first_step) * (max_iters - step)
         val = " " * 8 if val_loss is None else f"{val_loss:8.4f}"
         mfu = f"{tokens_per_second / self.peak:6.1%}" if self.peak else ""
         print(f"{step:8d}{loss:8.4f}{val}{lr:9.1e}{grad_norm:7.3f}{tokens_per_second:11,.0f}{clock(self.elapsed()):>9}"
               f"{clock(left):>9}{mfu}", flush=True)
+
+
+def append_line(path, text):
+    """Append a whole line to a file or, with a note, none of it: a full disk neither stops a run nor cuts a line."""
+    data = (text + "\n").encode("utf-8")
+    try:
+        with open(path, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                written = file.write(data)
+            except OSError:
+                written = 0
+            if written < len(data):
+                file.truncate(end)
+                raise OSError("no space left")
+    except OSError as error:
+        print(f"note: a line of {path} could not be written ({error.strerror or error})", file=sys.stderr)
 
 
 def clock(seconds):
@@ -898,7 +976,7 @@ class StopSignal:
     """Remembers a SIGINT or SIGTERM, for the loop to stop after the step; a second SIGINT interrupts at once."""
 
     def __init__(self):
-        self.number, self.agreed = 0, False  # agreed: some process was asked to stop, and all know it
+        self.number = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
@@ -962,16 +1040,30 @@ def check_data(s, splits, meta, checkpoint):
                         "trained on, or train anew with another --out_dir")
 
 
-def check_finite(progress, grad_norm, scaler, s):
-    """Stop before numbers that are no longer finite are saved. float16's scaler skips infinite gradients by design."""
-    if math.isfinite(progress.loss_sum) and (math.isfinite(grad_norm) or scaler.is_enabled()):
-        return
-    kept = Path(s.out_dir) / "ckpt.pt"
-    raise RunFailed(
-        f"loss or gradient is not finite at or shortly before step {progress.step}; "
-        + (f"{kept} is from before it" if kept.exists() else "no checkpoint was written yet")
-        + f". Usual causes: learning_rate={s.learning_rate:g} too high, warmup_iters={s.warmup_iters} too short, "
-        f"or dtype={s.dtype} too coarse (try --dtype=float32)")
+def check_finite(first_step, losses, grad_norms, s, scaled):
+    """Raise RunFailed for the first step whose loss or gradient norm is not finite, before anything of it is saved.
+
+    Where losses are scaled (float16), an infinite gradient is skipped by design, and only the loss counts.
+    """
+    for step, (loss, grad_norm) in enumerate(zip(losses, grad_norms, strict=True), first_step):
+        if not math.isfinite(loss) or not (scaled or math.isfinite(grad_norm)):
+            kept = Path(s.out_dir) / "ckpt.pt"
+            saved = f"{kept} is from before it" if kept.exists() else "no checkpoint was written yet"
+            raise RunFailed(f"step {step}: loss {loss:.4g} and gradient norm {grad_norm:.4g} are not both finite; {saved}. "
+                            f"Usual causes: learning_rate={s.learning_rate:g} too high, warmup_iters={s.warmup_iters} "
+                            f"too few, dtype={s.dtype} too coarse (try --dtype=float32)")
+
+
+def out_of_memory(s):
+    """What to say of settings that did not fit into the memory."""
+    with torch.device("meta"):  # counts without allocating
+        model = GPT(s)
+    total, matrices = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks))
+    states = 2 * total - (matrices if s.optimizer == "muon" else 0)  # AdamW keeps two numbers a parameter, Muon one
+    return (f"out of memory: parameters, gradients and optimizer state take {4 * (2 * total + states) / 2**30:.2f} GiB "
+            f"in this run; the rest grows with batch_size={s.batch_size} (halve it and double "
+            f"gradient_accumulation_steps: the curve stays), block_size={s.block_size}, n_layer={s.n_layer} and "
+            f"n_embd={s.n_embd}")
 
 
 def announce(say, s, world, meta, model):
@@ -989,10 +1081,10 @@ def announce(say, s, world, meta, model):
     say(f"work       {s.max_iters:,} steps of {tokens:,} tokens, {s.max_iters * tokens / train_tokens:.1f} epochs")
 
 
-def farewell(say, s, progress, stop, bits_per_byte):
+def farewell(say, s, progress, stop, stopping, bits_per_byte):
     """The run in a line or two, after its end. Returns the exit status."""
     folder = "" if s.out_dir == "out" else f" --out_dir={s.out_dir}"
-    if stop.agreed:
+    if stopping:
         say(f"stopped at step {progress.step}, all is saved; to go on: python train.py --init_from=resume{folder}")
         return 128 + (stop.number or signal.SIGTERM)
     best = progress.best_val_loss
@@ -1014,6 +1106,12 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.model.compute_dtype == torch.float16)
         self.progress = Progress()
 
+    def state(self):
+        """The checkpoint: a dict of tensors and plain values."""
+        return dict(format=1, model=self.model.state_dict(), optimizer=[o.state_dict() for o in self.optimizers],
+                    scaler=self.scaler.state_dict(), config=asdict(self.settings), tokenizer=self.meta["tokenizer"],
+                    corpus=self.meta["corpus"], **asdict(self.progress))
+
     def restore(self, checkpoint):
         """Go on from a checkpoint's state."""
         self.model.load_state_dict(checkpoint["model"])
@@ -1022,12 +1120,24 @@ class Run:
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.progress = Progress(**{f.name: checkpoint[f.name] for f in fields(Progress)})
 
-    def save(self, path):
-        """Write the checkpoint to `path`."""
-        save_checkpoint(path, dict(
-            format=1, model=self.model.state_dict(), optimizer=[o.state_dict() for o in self.optimizers],
-            scaler=self.scaler.state_dict(), config=asdict(self.settings), tokenizer=self.meta["tokenizer"],
-            corpus=self.meta["corpus"], **asdict(self.progress)))
+    def save(self, out, val_loss, final):
+        """Write out/ckpt.pt, keeping the one before it, and out/best.pt where val_loss (or None) is the best so far.
+
+        A failure is a note, because the next save may succeed; of the final save it is a RunFailed.
+        """
+        progress, best_before = self.progress, (self.progress.best_val_loss, self.progress.best_step)
+        try:
+            if val_loss is not None and val_loss < progress.best_val_loss:
+                progress.best_val_loss, progress.best_step = val_loss, progress.step
+                save_checkpoint(out / "best.pt", self.state())
+            best_before = progress.best_val_loss, progress.best_step
+            save_checkpoint(out / "ckpt.pt", self.state(), keep=out / "ckpt-previous.pt")
+        except (OSError, RuntimeError) as error:
+            progress.best_val_loss, progress.best_step = best_before
+            text = f"step {progress.step} could not be saved in {out} ({' '.join(str(error).split())[:100]})"
+            if final:
+                raise RunFailed(f"{text}; what was saved before is whole. Make room, then --init_from=resume") from None
+            print(f"note: {text}; what was saved before is whole, and the next save tries again", file=sys.stderr)
 
 
 def train(s, checkpoint=None):
@@ -1037,10 +1147,15 @@ def train(s, checkpoint=None):
     splits = {name: Split(folder, name, meta) for name in ("train", "val")}
     s.vocab_size = s.vocab_size or meta["vocab_size"]
     check_data(s, splits, meta, checkpoint)
+    out = Path(s.out_dir)
+    if world.rank == 0 and not s.eval_only:
+        held = claim(out)  # noqa: F841  (for as long as this function runs)
+        if not checkpoint:
+            set_aside(out)
     run = Run(s, meta, world.device)
     if checkpoint:
         run.restore(checkpoint)
-    model, progress, out = run.model, run.progress, Path(s.out_dir)
+    model, progress = run.model, run.progress
     bits_per_byte = meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2)  # times the loss in nats a token
     say = print if world.rank == 0 else lambda *args: None
     announce(say, s, world, meta, model)
@@ -1053,64 +1168,56 @@ def train(s, checkpoint=None):
     compiled = synchronized = compile_model(model, s) if compile_pays(model, s, world) else model
     if world.size > 1:
         synchronized = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
-    if world.rank == 0 and not checkpoint:
-        set_aside(out)
     peak = peak_flops(world.device, model.compute_dtype)
     log = Log(out, world, progress, peak and peak * world.size / model.flops_per_token())
-    stop = StopSignal()
-    loss_sum = torch.tensor(progress.loss_sum if world.rank == 0 else 0.0, device=world.device)
-    timed_from, began = progress.step, time.perf_counter()
-    while progress.step < s.max_iters and not stop.agreed:
+    stop, stopping = StopSignal(), False
+    recent = []  # loss and gradient norm of the latest steps, still on the device
+    began = saved = time.monotonic()
+    while progress.step < s.max_iters and not stopping:
         # One update. Dropout is a function of (seed, step, rank), so that there is no random state to save.
         torch.manual_seed((s.seed * 1_000_003 + progress.step) * 65_537 + world.rank)
         lr = learning_rate(progress.step, s)
-        loss_sum += accumulate_gradients(synchronized, run.scaler, splits["train"], s, world, progress.sequences)
+        loss = accumulate_gradients(synchronized, run.scaler, splits["train"], s, world, progress.sequences)
         grad_norm = update(model, run.optimizers, run.scaler, lr, s.grad_clip)
+        recent.append(torch.stack([loss, grad_norm]))
         progress.step += 1
-        progress.loss_count += 1
         progress.sequences += s.batch_size * s.gradient_accumulation_steps
-
         evaluating = progress.step % s.eval_interval == 0 or progress.step == s.max_iters
         logging = evaluating or progress.step % s.log_interval == 0
-        stop.agreed = world.any(bool(stop.number))
-        if not (logging or stop.agreed):
+        stopping, saving = world.any(stop.number, 0 < 60 * s.checkpoint_minutes < time.monotonic() - saved)
+        if not (logging or stopping or saving):
             continue  # without waiting for the device
 
-        progress.loss_sum = world.total(loss_sum).item()
-        check_finite(progress, grad_norm.item(), run.scaler, s)
-        tokens_per_second = (progress.step - timed_from) * run.tokens_per_step / (time.perf_counter() - began)
-        val_loss, best = None, False
-        if evaluating:
-            val_loss = evaluate(compiled, splits["val"], s, world)
-            best = val_loss < progress.best_val_loss
-        if best:
-            progress.best_val_loss, progress.best_step = val_loss, progress.step
+        losses, grad_norms = torch.stack(recent).T.contiguous()
+        losses, grad_norms = world.total(losses).tolist(), grad_norms.tolist()
+        check_finite(progress.step - len(recent) + 1, losses, grad_norms, s, run.scaler.is_enabled())
+        tokens_per_second = len(recent) * run.tokens_per_step / (time.monotonic() - began)
+        for loss in losses:  # one by one: sum() rounds otherwise, and a resumed run's log would show it
+            progress.loss_sum += loss
+        progress.loss_count += len(recent)
+        val_loss = evaluate(compiled, splits["val"], s, world) if evaluating else None
         if logging:
             log.line(progress.step, s.max_iters, progress.loss_sum / progress.loss_count, val_loss,
-                     val_loss and val_loss * bits_per_byte, lr, grad_norm.item(), tokens_per_second)
+                     val_loss and val_loss * bits_per_byte, lr, grad_norms[-1], tokens_per_second)
             progress.loss_sum, progress.loss_count = 0.0, 0
-        loss_sum.fill_(progress.loss_sum if world.rank == 0 else 0.0)
-        progress.elapsed = log.elapsed()
-        if world.rank == 0 and best:
-            run.save(out / "best.pt")
-        if world.rank == 0 and (evaluating or stop.agreed):
-            run.save(out / "ckpt.pt")
-        timed_from, began = progress.step, time.perf_counter()
-    return farewell(say, s, progress, stop, bits_per_byte)
+        if world.rank == 0 and (evaluating or stopping or saving):
+            progress.elapsed = log.elapsed()
+            run.save(out, val_loss, final=stopping or progress.step == s.max_iters)
+            saved = time.monotonic()
+        recent.clear()
+        began = time.monotonic()
+    return farewell(say, s, progress, stop, stopping, bits_per_byte)
 
 
 def configure(argv):
     """The settings and, when resuming, the checkpoint that the command line asks for. Raises UserError."""
     s = override(Settings(), argv)
     checkpoint = None
-    if s.init_from == "resume":
-        path = Path(s.out_dir) / "ckpt.pt"
-        checkpoint = load_checkpoint(path)
-        try:
-            base = Settings(**checkpoint["config"])
-        except TypeError as error:
-            raise UserError(f"{path} was written by another version of train.py: {error}") from None
-        s = override(base, argv)  # the run's own settings, and over them what is asked for now
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts after a crash
+    if s.init_from == "resume" or restarted and (Path(s.out_dir) / "ckpt.pt").exists():
+        checkpoint = latest_checkpoint(Path(s.out_dir))
+        known = {f.name: checkpoint["config"].get(f.name, f.default) for f in fields(Settings)}
+        s = override(Settings(**known), argv)  # the run's own settings, and over them what is asked for now
     check(s)
     return s, checkpoint
 
@@ -1118,22 +1225,27 @@ def configure(argv):
 def main(argv=None):
     """The command line. Returns the exit status: 0 done, 1 failed, 2 a user's mistake, 128 + n stopped by signal n."""
     argv = sys.argv[1:] if argv is None else argv
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of a machine speaks for all
     if "--help" in argv or "-h" in argv:
         print(__doc__ + "\nSettings, each with its default:\n" + describe(Settings))
         return 0
+    s = None
     try:
-        return train(*configure(argv))
+        s, checkpoint = configure(argv)
+        return train(s, checkpoint)
     except (UserError, RunFailed) as error:
-        if first:
-            print(f"train.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        message, status = error, 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        print("train.py: interrupted; the last checkpoint is whole", file=sys.stderr)
-        return 130
+        message, status = "interrupted; the last checkpoint is whole", 130
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in str(error):
+            raise
+        message, status = out_of_memory(s), 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine speaks for all
+        print(f"train.py: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,0 +1,436 @@
+"""Let a trained model write.
+
+    python sample.py                                    a text from nothing
+    python sample.py --start="ROMEO:"                   go on from these words
+    python sample.py --start=FILE:prompt.txt            or from a file's; - is standard input
+    python sample.py --start=FILE:prompts.txt --per_line   each line is a prompt of its own
+    python sample.py --interactive                      type a line, it goes on; Ctrl-D ends
+    python sample.py --num_samples=10 --seed=2          ten texts, written as one batch
+    python sample.py --temperature=0                    always the likeliest token
+    python sample.py --help                             every setting, its default and its reason
+
+The model and its tokenizer come from the checkpoint that train.py wrote: out/best.pt, else out/ckpt.pt.
+Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabulary.
+"""
+import codecs
+import errno
+import os
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+import prepare
+import train
+from train import UserError, setting
+
+SEPARATOR = "-" * 15
+ROWS = 64  # sequences generated at once: more are faster together only on large GPUs, and every one holds a cache
+
+
+@dataclass
+class Settings:
+    """All that can be set, by key = value files and --key=value flags, as for train.py."""
+    out_dir: str = setting("out", "folder of the checkpoint: its best.pt, or ckpt.pt where there is none")
+    ckpt: str = setting("", "path of a checkpoint, instead of out_dir's")
+    start: str = setting("", "text to go on from, FILE:path, or - for standard input; nothing is a new document's start")
+    per_line: bool = setting(False, "each line of the start is a prompt of its own; empty ones are left out")
+    interactive: bool = setting(False, "each line typed is a prompt, until Ctrl-D")
+    num_samples: int = setting(1, "texts for each prompt; a single one appears as it is written")
+    max_new_tokens: int = setting(500, "length of each text in tokens, unless it ends by itself")
+    stop: str = setting("", r"a text ends before this string; \n stands for a line's end")
+    temperature: float = setting(0.8, "below 1 the likely tokens are drawn more often, above 1 less; 0 draws the likeliest")
+    top_k: int = setting(200, "draw from this many of the likeliest tokens; 0 is all")
+    top_p: float = setting(1.0, "draw from the likeliest tokens that together have this probability")
+    min_p: float = setting(0.0, "draw from the tokens that have this share of the likeliest one's probability")
+    repetition_penalty: float = setting(1.0, "above 1 the tokens of the prompt and the text so far are drawn less often")
+    seed: int = setting(1337, "of the draws: the same seed, settings and hardware give the same text")
+    device: str = setting("auto", "auto takes cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps")
+    dtype: str = setting("auto", "of the matrix products; auto is bfloat16 where the hardware multiplies it natively",
+                         ("auto", "float32", "bfloat16", "float16"))
+
+
+def check(s):
+    """Refuse settings outside their range. Raises UserError."""
+    for key, least, most in (("num_samples", 1, None), ("max_new_tokens", 0, None), ("temperature", 0, 100),
+                             ("top_k", 0, None), ("min_p", 0, 1), ("seed", 0, 2**63 - 1),
+                             ("repetition_penalty", 0.01, 100)):
+        value = getattr(s, key)
+        if value < least or most is not None and value > most:
+            allowed = f"{least} or more" if most is None else f"from {least} to {most}"
+            raise UserError(f"{key}={value} must be {allowed}: for example --{key}={getattr(Settings, key)}")
+    if not 0 < s.top_p <= 1:
+        raise UserError(f"top_p={s.top_p} must be above 0 and at most 1: for example --top_p=0.95, or 1 for all tokens")
+    if s.interactive and (s.start or s.per_line):
+        raise UserError("interactive=True takes its prompts from the keyboard: leave out --start and --per_line")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing a token: pure functions of logits (B, V), which set what is not to be drawn to minus infinity.
+
+
+def keep_top_k(logits, k):
+    """The k largest logits of each row, k >= 1; of equal ones the first. (B, V) -> (B, V)."""
+    values, ids = logits.topk(min(k, logits.shape[-1]))
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
+
+
+def keep_top_p(logits, p):
+    """The fewest largest logits whose probabilities reach p in sum, 0 < p <= 1: at least one. (B, V) -> (B, V).
+
+    Nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751.
+    """
+    values, ids = logits.sort(descending=True, stable=True)
+    probabilities = values.softmax(-1)
+    enough = probabilities.cumsum(-1) - probabilities >= p  # reached before this one
+    return logits.masked_fill(enough.scatter(-1, ids, enough), -torch.inf)
+
+
+def keep_min_p(logits, p):
+    """The logits whose probability is at least p times the largest one's, 0 <= p <= 1. (B, V) -> (B, V).
+
+    Nguyen et al. 2024, arXiv 2407.01082.
+    """
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -torch.inf)
+
+
+def penalize_repetition(logits, seen, penalty):
+    """Positive logits divided and negative ones multiplied by penalty > 0, where seen (B, V) is true. (B, V) -> (B, V).
+
+    CTRL, Keskar et al. 2019, arXiv 1909.05858.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def draw(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
+    """Token ids (B,) drawn from the filtered softmax of logits (B, V). The filters see the logits after temperature."""
+    if temperature < 1e-4:  # 0, and what is so close to it that the division would overflow
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = keep_top_k(logits, top_k)
+    if top_p < 1:
+        logits = keep_top_p(logits, top_p)
+    if min_p > 0:
+        logits = keep_min_p(logits, min_p)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generating: one pass over the prompt, then one over each new token, with the keys and values of those before it kept.
+
+
+class Cache:
+    """Keys and values of the last block_size tokens: for each layer a ring buffer (B, H, block_size, D).
+
+    `length` counts all tokens seen, so that it is the position of the next one. Whoever calls the model advances it,
+    once a forward pass. A pass over several tokens is for an empty cache only.
+    """
+
+    def __init__(self, model, batch):
+        c, device = model.config, model.wte.weight.device
+        dtype = torch.float32 if device.type == "cpu" else model.compute_dtype  # what train.Attention works in
+        shape = (c.n_layer, batch, c.n_head, c.block_size, c.n_embd // c.n_head)
+        self.keys = list(torch.empty(shape, device=device, dtype=dtype))
+        self.values = list(torch.empty(shape, device=device, dtype=dtype))
+        self.size, self.length = c.block_size, 0
+
+    def extend(self, layer, k, v):
+        """Store a layer's new keys and values (B, H, T, D) over its oldest; return all, (B, H, up to block_size, D).
+
+        Their order is that of the ring: attention by a single newest token does not depend on it.
+        """
+        slot, T = self.length % self.size, k.shape[2]
+        held = min(self.length + T, self.size)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, slot:slot + T] = k
+        values[:, :, slot:slot + T] = v
+        return keys[:, :, :held], values[:, :, :held]
+
+    def repeat(self, times):
+        """Make each sequence `times` sequences, side by side."""
+        self.keys = [k.repeat_interleave(times, 0) for k in self.keys]
+        self.values = [v.repeat_interleave(times, 0) for v in self.values]
+
+
+@torch.inference_mode()
+def generate(model, idx, max_new_tokens, num_samples=1, repetition_penalty=1.0, forbidden=None, **drawing):
+    """Yield max_new_tokens times the next token ids (B * num_samples,), int64, of prompts idx (B, T), T >= 1.
+
+    >>> tokens = torch.stack(list(generate(model, idx, 100, temperature=0.8, top_k=200)), 1)  # (B, 100)
+
+    The samples of a prompt are side by side. `forbidden` is a tensor of ids that are never drawn, `drawing` is passed
+    to draw(), whose defaults are the model's own distribution. The model must be in evaluation mode, on idx's device.
+    Raises UserError when the model's output is not finite.
+
+    Each token attends to the last block_size tokens. Beyond block_size, rotary or no positions let the window slide
+    by a token at a time. The keys and values that stay were computed when older tokens were still visible, so a text
+    differs from one recomputed from its last block_size tokens alone; it costs no more than before. Learned positions
+    end at block_size: a full window starts again from its later half, recomputed. Of a longer prompt only the last
+    block_size tokens count, except for the repetition penalty.
+    """
+    size, learned = model.config.block_size, model.config.position == "learned"
+    cache = Cache(model, len(idx))
+    new = recent = idx[:, -size:]  # what the model has yet to see; and what a new window is made of
+    seen = None
+    if repetition_penalty != 1:
+        seen = torch.zeros(len(idx), model.config.vocab_size, dtype=torch.bool, device=idx.device).scatter(1, idx, True)
+        seen = seen.repeat_interleave(num_samples, 0)
+    for step in range(max_new_tokens):
+        logits = model(new, cache=cache)[0][:, -1]  # (B, V)
+        cache.length += new.shape[1]
+        if step == 0:
+            if not logits.isfinite().all():
+                raise UserError("the model's output is not finite: its weights are damaged, or dtype is too coarse for "
+                                "it: try --dtype=float32, or train anew")
+            logits, recent = logits.repeat_interleave(num_samples, 0), recent.repeat_interleave(num_samples, 0)
+            cache.repeat(num_samples)  # the prompt was read once for all its samples
+        if seen is not None:
+            logits = penalize_repetition(logits, seen, repetition_penalty)
+        if forbidden is not None:
+            logits = logits.index_fill(1, forbidden, -torch.inf)
+        token = draw(logits, **drawing)
+        yield token
+        new = token[:, None]
+        if seen is not None:
+            seen.scatter_(1, new, True)
+        if learned:
+            recent = torch.cat([recent, new], 1)
+            if cache.length == size:
+                new = recent = recent[:, -max(1, size // 2):]
+                cache.length = 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text in and out
+
+
+class Continuation:
+    """The text of one sample as its tokens come: whole characters only, until end-of-text or the stop string."""
+
+    def __init__(self, tokenizer, stop=""):
+        self.tokenizer, self.stop, self.held, self.ended = tokenizer, stop, "", False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back an unfinished character
+
+    def feed(self, token):
+        """The text that an id adds and that is certain to stay; what may be the stop string's beginning is held."""
+        if self.ended:
+            return ""
+        if token == self.tokenizer.eot:
+            return self.finish()
+        text = self.held + self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        if self.stop and self.stop in text:
+            self.held, self.ended = "", True
+            return text[:text.index(self.stop)]
+        kept = next((n for n in range(len(self.stop) - 1, 0, -1) if text.endswith(self.stop[:n])), 0)
+        self.held = text[len(text) - kept:]
+        return text[:len(text) - kept]
+
+    def finish(self):
+        """The text that was held, with U+FFFD for a character that was never finished."""
+        if self.ended:
+            return ""
+        self.ended = True
+        return self.held + self.decoder.decode(b"", final=True)
+
+
+def read_start(start):
+    """The text that --start means. Raises UserError where it cannot be read."""
+    if start != "-" and not start.startswith("FILE:"):
+        return start
+    name = "standard input" if start == "-" else start.removeprefix("FILE:")
+    try:
+        if start == "-":
+            data = sys.stdin.buffer.read() if sys.stdin else b""
+        else:
+            data = Path(name).read_bytes()
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"start: {name} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}: "
+                        "save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = "it is a folder" if os.path.isdir(name) else getattr(error, "strerror", None) or error
+        raise UserError(f"start: cannot read {name}: {reason}: give the path of a text file, "
+                        "as in --start=FILE:prompt.txt") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")  # what Windows editors add
+
+
+def typed_lines():
+    """Yield the lines that are typed, until Ctrl-D."""
+    while sys.stdin:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
+
+def show(text):
+    """Print without a line's end, at once."""
+    print(text, end="", flush=True)
+
+
+def show_samples(starts, finished):
+    """Print the texts in finished, a list for each start, each with a separating line after it; leave them empty."""
+    for start, texts in zip(starts, finished, strict=True):
+        for text in texts:
+            show(start + text + ("" if (start + text).endswith("\n") else "\n") + SEPARATOR + "\n")
+        texts.clear()
+
+
+def in_batches(lengths, num_samples):
+    """Split prompts of these lengths into batches of at most ROWS texts: yields (their numbers, samples of each).
+
+    Only prompts of one length share a batch, so that none needs padding, which the model would have to look past.
+    >>> list(in_batches([5, 3, 5], 1))
+    [([0, 2], 1), ([1], 1)]
+    """
+    same_length = {}
+    for number, length in enumerate(lengths):
+        same_length.setdefault(length, []).append(number)
+    samples = min(num_samples, ROWS)
+    for numbers in same_length.values():
+        for first in range(0, len(numbers), ROWS // samples):
+            for done in range(0, num_samples, samples):
+                yield numbers[first:first + ROWS // samples], min(samples, num_samples - done)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+class Writer:
+    """A model, its tokenizer and the way to draw: it goes on from starts, on standard output."""
+
+    def __init__(self, s):
+        path = Path(s.ckpt or Path(s.out_dir) / "best.pt")
+        if not s.ckpt and not path.exists():
+            path = Path(s.out_dir) / "ckpt.pt"
+        checkpoint = train.load_checkpoint(path)
+        self.tokenizer = prepare.tokenizer_from_spec(checkpoint["tokenizer"])
+        self.model = train.model_from_checkpoint(checkpoint, path)
+        V = self.model.config.vocab_size
+        if self.tokenizer.vocab_size > V:
+            raise UserError(f"{path}: its tokenizer has {self.tokenizer.vocab_size} tokens, its model {V}: train anew")
+        hardware = train.Settings(device=s.device, dtype=s.dtype)
+        self.device = train.join_world(hardware).device
+        self.model.compute_dtype = train.choose_dtype(hardware, self.device)
+        self.model.to(self.device, self.model.compute_dtype)  # once here, or every layer would do it at every token
+        blank = [i for i in range(V) if not self.tokenizer.decode_bytes([i])]  # gaps, and rows beyond the vocabulary
+        self.drawing = dict(
+            forbidden=torch.tensor(blank, device=self.device) if blank else None,
+            generator=torch.Generator(self.device).manual_seed(s.seed), repetition_penalty=s.repetition_penalty,
+            temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+        self.num_samples, self.max_new_tokens, self.stop = s.num_samples, s.max_new_tokens, s.stop.replace("\\n", "\n")
+
+    def encode(self, start):
+        """The last block_size ids of a start; of an empty one, what begins a text: end-of-text, else a line end, else 0.
+
+        Raises prepare.UserError for a character that the vocabulary lacks.
+        """
+        if start:
+            return self.tokenizer.encode(start)[-self.model.config.block_size:]
+        if self.tokenizer.eot is not None:
+            return [self.tokenizer.eot]
+        try:
+            return self.tokenizer.encode("\n")
+        except prepare.UserError:
+            return [0]
+
+    def pieces(self, prompts, samples):
+        """Yield step by step what each text gains, as a list; prompts are lists of ids of one length."""
+        texts = [Continuation(self.tokenizer, self.stop) for _ in range(len(prompts) * samples)]
+        idx = torch.tensor(prompts, device=self.device)
+        steps = generate(self.model, idx, self.max_new_tokens, samples, **self.drawing)
+        # Reading an id waits for the GPU, so what nobody watches is read many steps at a time.
+        at_once = 1 if len(texts) == 1 or self.device.type == "cpu" else 32
+        while not all(text.ended for text in texts) and (tokens := list(islice(steps, at_once))):
+            for row in torch.stack(tokens).tolist():
+                yield [text.feed(token) for text, token in zip(texts, row, strict=True)]
+        yield [text.finish() for text in texts]
+
+    def write(self, starts):
+        """Print each start with each of its continuations, in order; a single one as it is written.
+
+        Raises prepare.UserError for an unknown character before anything is printed.
+        """
+        prompts = [self.encode(start) for start in starts]
+        if len(starts) * self.num_samples == 1:
+            return self.stream(starts[0], prompts[0])
+        finished = [[] for _ in starts]
+        for numbers, samples in in_batches([len(prompt) for prompt in prompts], self.num_samples):
+            pieces = self.pieces([prompts[number] for number in numbers], samples)
+            texts = ["".join(gained) for gained in zip(*pieces, strict=True)]
+            for i, number in enumerate(numbers):
+                finished[number] += texts[i * samples:(i + 1) * samples]
+            if len(starts) == 1:  # no other can be due before these
+                show_samples(starts, finished)
+        show_samples(starts, finished)
+
+    def stream(self, start, prompt):
+        """Print one start and its continuation as it is written."""
+        show(start)
+        end = start[-1:]
+        for (piece,) in self.pieces([prompt], 1):
+            show(piece)
+            end = piece[-1:] or end
+        show("" if end == "\n" else "\n")
+
+
+def run(s):
+    """Write what the settings ask for. Raises UserError and prepare.UserError."""
+    check(s)
+    starts = [] if s.interactive else [read_start(s.start)]
+    if s.per_line:
+        starts = [line for line in starts[0].split("\n") if line.strip()]
+        if not starts:
+            raise UserError(f"per_line=True finds no line with text in start={s.start!r}: "
+                            "for example --start=FILE:prompts.txt")
+    writer = Writer(s)
+    if not s.interactive:
+        return writer.write(starts)
+    for line in typed_lines():
+        try:
+            writer.write([line])
+        except prepare.UserError as error:  # an unknown character: the next line may be better
+            complain(error)
+
+
+def complain(error):
+    """One line on stderr."""
+    print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def main(argv=None):
+    """The command line. Returns the exit status: 0 done, 2 a user's mistake, 130 Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # Windows pipes would have a code page
+    try:
+        if "--help" in argv or "-h" in argv:
+            show(__doc__ + "\nSettings, each with its default:\n" + train.describe(Settings) + "\n")
+        else:
+            run(train.override(Settings(), argv))
+        return 0
+    except (UserError, prepare.UserError) as error:
+        complain(error)
+        return 2
+    except torch.OutOfMemoryError:
+        complain("out of memory on the device: try fewer --num_samples, --dtype=bfloat16 or --device=cpu")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:  # of writing; nothing else lets one through
+        if sys.stdout is sys.__stdout__:  # what it still holds must not fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError) or error.errno == errno.EINVAL:  # a closed pipe; on Windows the latter
+            return 0
+        complain(f"cannot write the text: {error.strerror}")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
