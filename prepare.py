@@ -363,10 +363,11 @@ class Progress:
             return  # what is over within a second needs no progress line
         self.shown = now
         rate = max(1, self.done - self.first) / (now - self.began)
-        line = f"{self.label}: {self.done / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s"
+        whole, left = "", ""
         if self.total:
             seconds = max(0, int((self.total - self.done) / rate))
-            line += f", of {self.total / 1e6:,.1f} MB, {seconds // 60}:{seconds % 60:02d} left"
+            whole, left = f" of {self.total / 1e6:,.1f}", f", {seconds // 60}:{seconds % 60:02d} left"
+        line = f"{self.label}: {self.done / 1e6:,.1f}{whole} MB, {rate / 1e6:,.1f} MB/s{left}"
         print(f"\r{line:<79}" if self.live else line, end="" if self.live else "\n", flush=True)
         self.drawn = True
 
@@ -544,12 +545,15 @@ def find_source(text: str) -> Source:
     if colon:
         if scheme.lower() not in ("http", "https"):
             raise UserError(f"{text} cannot be fetched: only http:// and https:// can; for a local file give its path")
+        try:
+            parts = urlsplit(text)
+        except ValueError as error:
+            raise UserError(f"{text} is not a URL: {error}") from None
         path = fetch(text)
-        parts = urlsplit(text)
         shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # a password stays out of meta.json
         return Source(path.name.partition("-")[2], shown, documents_in(path))
     path = Path(text)
-    if not path.exists():
+    if not text or not path.exists():  # "", which is what an unset variable gives, is not the folder we are in
         hint = near_match(text, CORPORA) or "; python prepare.py --help lists the corpora"
         raise UserError(f"there is no file, folder or known corpus {text!r}{hint}")
     name = Path(os.path.abspath(path)).name or text
@@ -933,7 +937,7 @@ def parse(argv) -> argparse.Namespace:
     parser = Parser(
         prog="prepare.py",
         description="Turn text into the token files that train.py reads: data/NAME/{train.bin,val.bin,meta.json}.",
-        epilog=f"known corpora:\n{table}\n\nexamples:\n{examples}",
+        epilog=f"known corpora (a file of the same name is ./NAME):\n{table}\n\nexamples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -21,6 +21,7 @@ import json
 import math
 import operator
 import os
+import re
 import signal
 import sys
 import zipfile
@@ -46,9 +47,9 @@ class RunFailed(Exception):
     """A run that cannot go on, through no mistake in what was typed: one line on stderr, exit status 1."""
 
 
-def setting(default, reason, choices=None):
-    """A dataclass field that carries its reason (shown by --help) and, where it has them, its allowed values."""
-    return field(default=default, metadata={"reason": reason, "choices": choices})
+def setting(default, reason, choices=(), least=-math.inf, below=math.inf):
+    """A dataclass field that carries its reason, shown by --help, and the values it may have."""
+    return field(default=default, metadata=dict(reason=reason, choices=choices, least=least, below=below))
 
 
 SIZES = {  # n_layer, n_head, n_embd, as in minGPT's table
@@ -61,13 +62,13 @@ SIZES = {  # n_layer, n_head, n_embd, as in minGPT's table
 @dataclass
 class GPTConfig:
     """What a GPT is made of: all that the model reads. GPT-2 itself is config/gpt2.py."""
-    vocab_size: int = setting(0, "tokens in the vocabulary; 0 takes the data's")
-    vocab_multiple: int = setting(1, "pad the embedding to a multiple of this many rows (64 is faster on GPUs)")
-    block_size: int = setting(64, "T, the longest context in tokens")
-    n_layer: int = setting(4, "blocks; 0 makes a bigram model")
-    n_head: int = setting(4, "attention heads in a block; must divide n_embd")
-    n_embd: int = setting(128, "C, channels of the residual stream")
-    dropout: float = setting(0.0, "share of the residual branches' outputs dropped in training")
+    vocab_size: int = setting(0, "tokens in the vocabulary; 0 takes the data's", least=0)
+    vocab_multiple: int = setting(1, "pad the embedding's rows to a multiple of this; 64 is faster on GPUs", least=1)
+    block_size: int = setting(64, "T, the longest context in tokens", least=1)
+    n_layer: int = setting(4, "blocks; 0 makes a bigram model", least=0)
+    n_head: int = setting(4, "attention heads in a block; must divide n_embd", least=1)
+    n_embd: int = setting(128, "C, channels of the residual stream", least=1)
+    dropout: float = setting(0.0, "share of the residual branches' outputs dropped in training", least=0, below=1)
     bias: bool = setting(False, "biases in the linear layers and LayerNorms")
     position: str = setting("rope", "how a token knows its place", ("rope", "learned", "none"))
     norm: str = setting("rmsnorm", "normalization before each branch and the head", ("rmsnorm", "layernorm"))
@@ -87,38 +88,38 @@ class Settings(GPTConfig):
     out_dir: str = setting("out", "folder of checkpoints and log")
     init_from: str = setting("scratch", "start anew, or go on from out_dir/ckpt.pt", ("scratch", "resume"))
     # batch
-    batch_size: int = setting(12, "sequences in one forward and backward pass of one process")
-    gradient_accumulation_steps: int = setting(1, "times batch_size is the global batch, whatever the process count")
+    batch_size: int = setting(12, "sequences in one forward and backward pass of one process", least=1)
+    gradient_accumulation_steps: int = setting(1, "times batch_size is the global batch of all processes", least=1)
     # optimizer
     optimizer: str = setting("muon", "Muon for the blocks' matrices and AdamW for the rest, or all AdamW",
                              ("muon", "adamw"))
-    learning_rate: float = setting(1e-2, "peak, for every parameter: Muon's update is scaled to AdamW's size")
-    max_iters: int = setting(2000, "optimizer updates in all")
-    weight_decay: float = setting(0.1, "decoupled, on matrices and embeddings")
-    beta1: float = setting(0.9, "AdamW's decay of the gradient mean")
-    beta2: float = setting(0.99, "AdamW's decay of the squared gradient mean")
-    momentum: float = setting(0.95, "Muon's decay of the gradient mean")
-    grad_clip: float = setting(1.0, "largest gradient norm, longer ones are scaled down; 0 is off")
+    learning_rate: float = setting(1e-2, "peak, for every parameter: Muon's update is scaled to AdamW's size", least=0)
+    max_iters: int = setting(2000, "optimizer updates in all", least=1)
+    weight_decay: float = setting(0.1, "decoupled, on matrices and embeddings", least=0)
+    beta1: float = setting(0.9, "AdamW's decay of the gradient mean", least=0, below=1)
+    beta2: float = setting(0.99, "AdamW's decay of the squared gradient mean", least=0, below=1)
+    momentum: float = setting(0.95, "Muon's decay of the gradient mean", least=0, below=1)
+    grad_clip: float = setting(1.0, "largest gradient norm, longer ones are scaled down; 0 is off", least=0)
     # schedule
     decay_lr: bool = setting(True, "decay the learning rate; False holds it after the warm-up")
     schedule: str = setting("wsd", "decay by a cosine, or warm up, stay, decay linearly", ("wsd", "cosine"))
-    warmup_iters: int = setting(10, "updates of linear warm-up")
-    decay_share: float = setting(1.0, "wsd: the share of the run spent in its linear decay")
-    lr_decay_iters: int = setting(0, "update at which the decay ends; 0 is max_iters")
-    min_lr: float = setting(0.0, "learning rate at the end of the decay")
+    warmup_iters: int = setting(10, "updates of linear warm-up", least=0)
+    decay_share: float = setting(1.0, "wsd: the share of the run spent in its linear decay", least=0.01, below=1.01)
+    lr_decay_iters: int = setting(0, "update at which the decay ends; 0 is max_iters", least=0)
+    min_lr: float = setting(0.0, "learning rate at the end of the decay", least=0)
     # evaluation and log
-    eval_interval: int = setting(250, "updates between evaluations, each followed by a checkpoint")
-    checkpoint_minutes: float = setting(10.0, "save also when this long has passed since the last time; 0 is off")
-    eval_iters: int = setting(0, "batches in an evaluation; 0 is the whole validation split")
+    eval_interval: int = setting(250, "updates between evaluations, each followed by a checkpoint", least=1)
+    checkpoint_minutes: float = setting(10.0, "save also when this long has passed since the last; 0 is off", least=0)
+    eval_iters: int = setting(0, "batches in an evaluation; 0 is the whole validation split", least=0)
     eval_only: bool = setting(False, "evaluate once and stop")
-    log_interval: int = setting(10, "updates between log lines")
+    log_interval: int = setting(10, "updates between log lines", least=1)
     # hardware
     device: str = setting("auto", "auto takes cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the matrix products; auto is bfloat16 where the hardware multiplies it natively",
                          ("auto", "float32", "bfloat16", "float16"))
     compile: str = setting("auto", "torch.compile; auto where it pays back within the run", ("auto", "True", "False"))
     deterministic: bool = setting(False, "bitwise equal runs on GPUs too, at some cost in speed; CPU runs always are")
-    seed: int = setting(1337, "of the weights, the batches and the dropout")
+    seed: int = setting(1337, "of the weights, the batches and the dropout", least=0)
 
 
 RETIRED = {  # nanoGPT settings that need no counterpart: accepted with a note, so that its config files load
@@ -186,10 +187,13 @@ def convert(spec, value, where):
         kind = {int: "a whole number", float: "a number", bool: "True or False"}[spec.type]
         example = f"for example --{spec.name}={spec.default}"
         raise UserError(f"{where}: {spec.name}={value} is not {kind}: {example}") from None
-    choices = {choice.lower(): choice for choice in spec.metadata["choices"] or ()}
+    allowed = spec.metadata
+    if spec.type is not str and not allowed["least"] <= value < allowed["below"]:
+        bounds = f"at least {allowed['least']}" + f" and below {allowed['below']}" * (allowed["below"] < math.inf)
+        raise UserError(f"{where}: {spec.name}={value} must be {bounds}: for example --{spec.name}={spec.default}")
+    choices = {choice.lower(): choice for choice in allowed["choices"]}
     if choices and value.lower() not in choices:
-        listed = ", ".join(choice for choice in choices.values() if choice)
-        raise UserError(f"{where}: {spec.name}={value} is not one of {listed}")
+        raise UserError(f"{where}: {spec.name}={value} is not one of {', '.join(filter(None, choices.values()))}")
     return choices[value.lower()] if choices else value
 
 
@@ -235,9 +239,9 @@ def describe(cls):
     """The text of --help: one line a setting."""
     lines = []
     for spec in fields(cls):
-        choices = "|".join(c for c in spec.metadata["choices"] or () if c)
-        lines.append(f"  --{spec.name}={spec.default!s:<{max(1, 26 - len(spec.name))}} {spec.type.__name__:<5} "
-                     f"{spec.metadata['reason']}" + (f" ({choices})" if choices else ""))
+        choices = ", ".join(filter(None, spec.metadata["choices"]))
+        lines.append(f"  {f'--{spec.name}={spec.default}':<32} {spec.type.__name__:<6}{spec.metadata['reason']}" +
+                     f": {choices}" * bool(choices))
     return "\n".join(lines)
 
 
@@ -249,17 +253,6 @@ def changed(settings):
 
 def check(s):
     """Refuse settings that cannot work together, before any work is done. Raises UserError."""
-    for key, least in dict(block_size=1, n_head=1, n_embd=1, batch_size=1, gradient_accumulation_steps=1, max_iters=1,
-                           log_interval=1, eval_interval=1, vocab_multiple=1, vocab_size=0, n_layer=0, eval_iters=0,
-                           warmup_iters=0, lr_decay_iters=0, seed=0, learning_rate=0, min_lr=0, weight_decay=0,
-                           grad_clip=0).items():
-        if getattr(s, key) < least:
-            raise UserError(f"{key}={getattr(s, key)} is too small: the least is {least}")
-    for key in ("dropout", "beta1", "beta2", "momentum"):
-        if not 0 <= getattr(s, key) < 1:
-            raise UserError(f"{key}={getattr(s, key)} must be at least 0 and below 1")
-    if not 0 < s.decay_share <= 1:
-        raise UserError(f"decay_share={s.decay_share} must be above 0 and at most 1")
     if s.n_embd % s.n_head:
         near = min((h for h in range(1, s.n_embd + 1) if s.n_embd % h == 0), key=lambda h: abs(h - s.n_head))
         raise UserError(f"n_embd={s.n_embd} is not divisible by n_head={s.n_head}: for example --n_head={near}")
@@ -925,7 +918,8 @@ class Log:
         if self.path is None:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if progress.step and self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= progress.step]
+        found = [re.match(r'{"step": (\d+),.*}$', line) for line in lines]
+        kept = [match[0] for match in found if match and int(match[1]) <= progress.step]
         temporary = self.path.with_name("log.jsonl.tmp")  # a resumed run's log goes on after the checkpoint's own line
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8", newline="\n")
         os.replace(temporary, self.path)
@@ -955,13 +949,9 @@ def append_line(path, text):
     try:
         with open(path, "ab", buffering=0) as file:
             end = file.tell()
-            try:
-                written = file.write(data)
-            except OSError:
-                written = 0
-            if written < len(data):
+            if file.write(data) < len(data):
                 file.truncate(end)
-                raise OSError("no space left")
+                raise OSError("the disk is full")
     except OSError as error:
         print(f"note: a line of {path} could not be written ({error.strerror or error})", file=sys.stderr)
 
@@ -1049,7 +1039,7 @@ def check_finite(first_step, losses, grad_norms, s, scaled):
         if not math.isfinite(loss) or not (scaled or math.isfinite(grad_norm)):
             kept = Path(s.out_dir) / "ckpt.pt"
             saved = f"{kept} is from before it" if kept.exists() else "no checkpoint was written yet"
-            raise RunFailed(f"step {step}: loss {loss:.4g} and gradient norm {grad_norm:.4g} are not both finite; {saved}. "
+            raise RunFailed(f"step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite; {saved}. "
                             f"Usual causes: learning_rate={s.learning_rate:g} too high, warmup_iters={s.warmup_iters} "
                             f"too few, dtype={s.dtype} too coarse (try --dtype=float32)")
 

@@ -68,7 +68,7 @@ def test_no_figure_is_missing():
 
 
 @pytest.fixture
-def newcomer(tmp_path, monkeypatch, signals_restored):
+def newcomer(project, tmp_path, monkeypatch):
     """A folder with what a clone holds and a text of one's own, and no network but a loopback server of Shakespeare."""
     for name in ("config", "train.py", "prepare.py", "sample.py"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
