@@ -1,13 +1,13 @@
 """Let a trained model write.
 
-    python sample.py                                    a text from nothing
-    python sample.py --start="ROMEO:"                   go on from these words
-    python sample.py --start=FILE:prompt.txt            or from a file's; - is standard input
-    python sample.py --start=FILE:prompts.txt --per_line   each line is a prompt of its own
-    python sample.py --interactive                      type a line, it goes on; Ctrl-D ends
-    python sample.py --num_samples=10 --seed=2          ten texts, written as one batch
-    python sample.py --temperature=0                    always the likeliest token
-    python sample.py --help                             every setting, its default and its reason
+    python sample.py                                         # a text from nothing
+    python sample.py --start="ROMEO:"                        # go on from these words
+    python sample.py --start=FILE:prompt.txt                 # or from a file's; - is standard input
+    python sample.py --start=FILE:prompts.txt --per_line     # each line is a prompt of its own
+    python sample.py --interactive                           # type a line, it goes on; Ctrl-D ends
+    python sample.py --num_samples=10 --seed=2               # ten texts, generated as one batch
+    python sample.py --temperature=0                         # always the likeliest token
+    python sample.py --help                                  # every setting, its default and its reason
 
 The model and its tokenizer come from the checkpoint that train.py wrote: out/best.pt, else out/ckpt.pt.
 Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabulary.
@@ -27,7 +27,7 @@ import train
 from train import UserError, setting
 
 SEPARATOR = "-" * 15
-ROWS = 64  # sequences generated at once: more are faster together only on large GPUs, and every one holds a cache
+ROWS = 64  # texts generated at once; each holds a cache of its own, so memory bounds their number
 
 
 @dataclass
@@ -35,17 +35,17 @@ class Settings:
     """All that can be set, by key = value files and --key=value flags, as for train.py."""
     out_dir: str = setting("out", "folder of the checkpoint: its best.pt, or ckpt.pt where there is none")
     ckpt: str = setting("", "path of a checkpoint, instead of out_dir's")
-    start: str = setting("", "text to go on from, FILE:path, or - for standard input; nothing is a new document's start")
+    start: str = setting("", "text to go on from, FILE:path, or - for standard input; nothing begins a new text")
     per_line: bool = setting(False, "each line of the start is a prompt of its own; empty ones are left out")
     interactive: bool = setting(False, "each line typed is a prompt, until Ctrl-D")
     num_samples: int = setting(1, "texts for each prompt; a single one appears as it is written")
     max_new_tokens: int = setting(500, "length of each text in tokens, unless it ends by itself")
     stop: str = setting("", r"a text ends before this string; \n stands for a line's end")
-    temperature: float = setting(0.8, "below 1 the likely tokens are drawn more often, above 1 less; 0 draws the likeliest")
-    top_k: int = setting(200, "draw from this many of the likeliest tokens; 0 is all")
-    top_p: float = setting(1.0, "draw from the likeliest tokens that together have this probability")
-    min_p: float = setting(0.0, "draw from the tokens that have this share of the likeliest one's probability")
-    repetition_penalty: float = setting(1.0, "above 1 the tokens of the prompt and the text so far are drawn less often")
+    temperature: float = setting(0.8, "below 1 likely tokens are drawn more often, above 1 less; 0 draws the likeliest")
+    top_k: int = setting(200, "draw from this many of the likeliest tokens; 0 is off")
+    top_p: float = setting(1.0, "draw from the likeliest tokens that together have this probability; 1 is off")
+    min_p: float = setting(0.0, "draw from tokens with at least this share of the likeliest one's probability")
+    repetition_penalty: float = setting(1.0, "above 1, tokens of the prompt and the text so far are drawn less often")
     seed: int = setting(1337, "of the draws: the same seed, settings and hardware give the same text")
     device: str = setting("auto", "auto takes cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the matrix products; auto is bfloat16 where the hardware multiplies it natively",
@@ -144,6 +144,7 @@ class Cache:
         Their order is that of the ring: attention by a single newest token does not depend on it.
         """
         slot, T = self.length % self.size, k.shape[2]
+        assert T == 1 or self.length == 0, f"{T} tokens at once into a cache that has seen {self.length}"
         held = min(self.length + T, self.size)
         keys, values = self.keys[layer], self.values[layer]
         keys[:, :, slot:slot + T] = k
@@ -160,7 +161,7 @@ class Cache:
 def generate(model, idx, max_new_tokens, num_samples=1, repetition_penalty=1.0, forbidden=None, **drawing):
     """Yield max_new_tokens times the next token ids (B * num_samples,), int64, of prompts idx (B, T), T >= 1.
 
-    >>> tokens = torch.stack(list(generate(model, idx, 100, temperature=0.8, top_k=200)), 1)  # (B, 100)
+        tokens = torch.stack(list(generate(model, idx, 100, temperature=0.8, top_k=200)), 1)  # (B, 100)
 
     The samples of a prompt are side by side. `forbidden` is a tensor of ids that are never drawn, `drawing` is passed
     to draw(), whose defaults are the model's own distribution. The model must be in evaluation mode, on idx's device.
@@ -306,7 +307,7 @@ class Writer:
 
     def __init__(self, s):
         path = Path(s.ckpt or Path(s.out_dir) / "best.pt")
-        if not s.ckpt and not path.exists():
+        if not s.ckpt and not os.path.exists(path):
             path = Path(s.out_dir) / "ckpt.pt"
         checkpoint = train.load_checkpoint(path)
         self.tokenizer = prepare.tokenizer_from_spec(checkpoint["tokenizer"])
@@ -318,6 +319,8 @@ class Writer:
         self.device = train.join_world(hardware).device
         self.model.compute_dtype = train.choose_dtype(hardware, self.device)
         self.model.to(self.device, self.model.compute_dtype)  # once here, or every layer would do it at every token
+        if self.device.type == "cpu" and sum(p.numel() for p in self.model.parameters()) < 4e6:
+            torch.set_num_threads(1)  # matrices this small are multiplied before a second thread has woken up
         blank = [i for i in range(V) if not self.tokenizer.decode_bytes([i])]  # gaps, and rows beyond the vocabulary
         self.drawing = dict(
             forbidden=torch.tensor(blank, device=self.device) if blank else None,
@@ -326,7 +329,7 @@ class Writer:
         self.num_samples, self.max_new_tokens, self.stop = s.num_samples, s.max_new_tokens, s.stop.replace("\\n", "\n")
 
     def encode(self, start):
-        """The last block_size ids of a start; of an empty one, what begins a text: end-of-text, else a line end, else 0.
+        """The last block_size ids of a start; of an empty one, what begins a text: end-of-text, a line's end or id 0.
 
         Raises prepare.UserError for a character that the vocabulary lacks.
         """

@@ -67,6 +67,33 @@ def test_a_text_is_learned(project, optimizer):
     assert first["loss"] > 2 and last["val_loss"] < 0.8
 
 
+def test_a_run_sees_each_window_once_and_a_resumed_run_the_ones_left(project, monkeypatch):
+    """Also when the batch has another size from then on."""
+    seen, forward = [], train.GPT.forward
+
+    def spy(model, idx, targets=None, *args, **kwargs):
+        seen.extend(idx.tolist() if model.training else [])
+        return forward(model, idx, targets, *args, **kwargs)
+
+    monkeypatch.setattr(train.GPT, "forward", spy)
+    project.dataset("noise", letters(3000))
+    project.train("--dataset=noise", "--max_iters=10", "--gradient_accumulation_steps=2")
+    project.train("--dataset=noise", "--max_iters=20", "--batch_size=5", "--init_from=resume")
+    split, starts = project.split("train", "--dataset=noise"), train.window_starts(1337, 0, 130, 2700, 16)
+    assert len(set(map(tuple, seen))) == len(seen) == 130
+    assert seen == split.read(starts, 16).tolist()
+
+
+def test_dropout_is_drawn_anew_in_each_step(project):
+    text = letters(17)
+    project.dataset("one", text, val=text)
+    run = ["--dataset=one", "--learning_rate=0", "--zero_init=False", "--log_interval=1", "--batch_size=1"]
+    project.train(*run)
+    assert len({line["loss"] for line in project.log()}) == 1
+    project.train(*run, "--dropout=0.5")
+    assert len({line["loss"] for line in project.log()}) == 20
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_accumulation_equals_one_big_batch(project, gradients, optimizer):
     found = {}
