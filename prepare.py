@@ -547,6 +547,8 @@ def find_source(text: str) -> Source:
             raise UserError(f"{text} cannot be fetched: only http:// and https:// can; for a local file give its path")
         try:
             parts = urlsplit(text)
+            if not parts.hostname:
+                raise ValueError("it names no host")
         except ValueError as error:
             raise UserError(f"{text} is not a URL: {error}") from None
         path = fetch(text)

@@ -124,22 +124,22 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None)
 
 
 class Cache:
-    """Keys and values of the last block_size tokens: for each layer a ring buffer (B, H, block_size, D).
+    """Keys and values of the last `size` tokens: for each layer a ring buffer (B, H, size, D).
 
     `length` counts all tokens seen, so that it is the position of the next one. Whoever calls the model advances it,
     once a forward pass. A pass over several tokens is for an empty cache only.
     """
 
-    def __init__(self, model, batch):
+    def __init__(self, model, batch, size):
         c, device = model.config, model.wte.weight.device
         dtype = torch.float32 if device.type == "cpu" else model.compute_dtype  # what train.Attention works in
-        shape = (c.n_layer, batch, c.n_head, c.block_size, c.n_embd // c.n_head)
+        shape = (c.n_layer, batch, c.n_head, size, c.n_embd // c.n_head)
         self.keys = list(torch.empty(shape, device=device, dtype=dtype))
         self.values = list(torch.empty(shape, device=device, dtype=dtype))
-        self.size, self.length = c.block_size, 0
+        self.size, self.length = size, 0
 
     def extend(self, layer, k, v):
-        """Store a layer's new keys and values (B, H, T, D) over its oldest; return all, (B, H, up to block_size, D).
+        """Store a layer's new keys and values (B, H, T, D) over its oldest; return all, (B, H, at most size, D).
 
         Their order is that of the ring: attention by a single newest token does not depend on it.
         """
@@ -174,8 +174,8 @@ def generate(model, idx, max_new_tokens, num_samples=1, repetition_penalty=1.0, 
     block_size tokens count, except for the repetition penalty.
     """
     size, learned = model.config.block_size, model.config.position == "learned"
-    cache = Cache(model, len(idx))
     new = recent = idx[:, -size:]  # what the model has yet to see; and what a new window is made of
+    cache = Cache(model, len(idx), min(size, new.shape[1] + max_new_tokens))
     seen = None
     if repetition_penalty != 1:
         seen = torch.zeros(len(idx), model.config.vocab_size, dtype=torch.bool, device=idx.device).scatter(1, idx, True)
@@ -421,7 +421,9 @@ def main(argv=None):
     except (UserError, prepare.UserError) as error:
         complain(error)
         return 2
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not train.is_out_of_memory(error):
+            raise
         complain("out of memory on the device: try fewer --num_samples, --dtype=bfloat16 or --device=cpu")
         return 2
     except KeyboardInterrupt:

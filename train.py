@@ -17,6 +17,7 @@ LAUNCHED = time.time()  # before the slow imports, because the time a user waits
 
 import ast
 import difflib
+import errno
 import json
 import math
 import operator
@@ -47,6 +48,14 @@ class RunFailed(Exception):
     """A run that cannot go on, through no mistake in what was typed: one line on stderr, exit status 1."""
 
 
+def tell(text, stream="stdout"):
+    """Print a line at once. A full disk or a closed pipe ends the output, but never the training."""
+    try:
+        print(text, file=getattr(sys, stream), flush=True)
+    except OSError:
+        setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
+
+
 def setting(default, reason, choices=(), least=-math.inf, below=math.inf):
     """A dataclass field that carries its reason, shown by --help, and the values it may have."""
     return field(default=default, metadata=dict(reason=reason, choices=choices, least=least, below=below))
@@ -62,12 +71,13 @@ SIZES = {  # n_layer, n_head, n_embd, as in minGPT's table
 @dataclass
 class GPTConfig:
     """What a GPT is made of: all that the model reads. GPT-2 itself is config/gpt2.py."""
-    vocab_size: int = setting(0, "tokens in the vocabulary; 0 takes the data's", least=0)
-    vocab_multiple: int = setting(1, "pad the embedding's rows to a multiple of this; 64 is faster on GPUs", least=1)
+    vocab_size: int = setting(0, "tokens in the vocabulary; 0 takes the data's", least=0, below=2**33)
+    vocab_multiple: int = setting(1, "pad the embedding's rows to a multiple of this; 64 is faster on GPUs", least=1,
+                                  below=10**6)
     block_size: int = setting(64, "T, the longest context in tokens", least=1)
-    n_layer: int = setting(4, "blocks; 0 makes a bigram model", least=0)
+    n_layer: int = setting(4, "blocks; 0 makes a bigram model", least=0, below=10**4)
     n_head: int = setting(4, "attention heads in a block; must divide n_embd", least=1)
-    n_embd: int = setting(128, "C, channels of the residual stream", least=1)
+    n_embd: int = setting(128, "C, channels of the residual stream", least=1, below=10**6)
     dropout: float = setting(0.0, "share of the residual branches' outputs dropped in training", least=0, below=1)
     bias: bool = setting(False, "biases in the linear layers and LayerNorms")
     position: str = setting("rope", "how a token knows its place", ("rope", "learned", "none"))
@@ -88,8 +98,9 @@ class Settings(GPTConfig):
     out_dir: str = setting("out", "folder of checkpoints and log")
     init_from: str = setting("scratch", "start anew, or go on from out_dir/ckpt.pt", ("scratch", "resume"))
     # batch
-    batch_size: int = setting(12, "sequences in one forward and backward pass of one process", least=1)
-    gradient_accumulation_steps: int = setting(1, "times batch_size is the global batch of all processes", least=1)
+    batch_size: int = setting(12, "sequences in one forward and backward pass of one process", least=1, below=10**6)
+    gradient_accumulation_steps: int = setting(1, "times batch_size is the global batch of all processes", least=1,
+                                               below=10**6)
     # optimizer
     optimizer: str = setting("muon", "Muon for the blocks' matrices and AdamW for the rest, or all AdamW",
                              ("muon", "adamw"))
@@ -139,7 +150,7 @@ def literal(node):
         node = ast.BinOp(ast.Constant(0), ast.Sub(), node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
         left, right = literal(node.left), literal(node.right)
-        numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
+        numbers = all(isinstance(x, float) or isinstance(x, int) and abs(x) < 10**999 for x in (left, right))
         # 9**9**9 would fill the memory before anyone could object
         if numbers and not (isinstance(node.op, ast.Pow) and (left < 0 or left > 1e6 or abs(right) > 64)):
             return ARITHMETIC[type(node.op)](left, right)
@@ -149,7 +160,7 @@ def literal(node):
 def read_config(path):
     """The (key, value, "file:line") triples of a config file of `key = literal` lines. Parsed, never executed."""
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         near = difflib.get_close_matches(str(path), [p.as_posix() for p in Path("config").rglob("*.py")], 1)
         hint = f"did you mean {near[0]}?" if near else "flags are written --key=value, config files end in .py"
@@ -163,8 +174,10 @@ def read_config(path):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
         try:
-            [target] = node.targets
-            found.append((target.id, literal(node.value), where))
+            [target], value = node.targets, literal(node.value)
+            if isinstance(value, int) and abs(value) > 2**63:
+                raise ValueError("more than any setting takes")
+            found.append((target.id, value, where))
         except (AttributeError, ValueError, ArithmeticError, RecursionError):
             raise UserError(f"{where}: nothing in a config file is executed: write `key = value`, the value a "
                             "number, a string, True or False, or arithmetic on numbers") from None
@@ -180,18 +193,21 @@ def convert(spec, value, where):
             value = str(value)
         else:
             number = float(value)  # so that 5e3 is a whole number too
-            if isinstance(value, bool) or not math.isfinite(number) or (spec.type is int and number % 1):
+            if isinstance(value, bool) or not math.isfinite(number) or (
+                    spec.type is int and (number % 1 or abs(number) > 2**53)):  # above it a float skips numbers
                 raise ValueError
             value = spec.type(number)
-    except (KeyError, ValueError, OverflowError):
-        kind = {int: "a whole number", float: "a number", bool: "True or False"}[spec.type]
+    except (KeyError, ValueError, OverflowError, TypeError):
+        kind = {int: "a whole number below 2**53", float: "a number", bool: "True or False"}[spec.type]
         example = f"for example --{spec.name}={spec.default}"
-        raise UserError(f"{where}: {spec.name}={value} is not {kind}: {example}") from None
+        raise UserError(f"{where}: {spec.name}={str(value)[:40]} is not {kind}: {example}") from None
     allowed = spec.metadata
     if spec.type is not str and not allowed["least"] <= value < allowed["below"]:
         bounds = f"at least {allowed['least']}" + f" and below {allowed['below']}" * (allowed["below"] < math.inf)
         raise UserError(f"{where}: {spec.name}={value} must be {bounds}: for example --{spec.name}={spec.default}")
     choices = {choice.lower(): choice for choice in allowed["choices"]}
+    if "true" in choices and value.lower() in WORDS:  # auto, True or False: as a person writes them
+        value = str(WORDS[value.lower()])
     if choices and value.lower() not in choices:
         raise UserError(f"{where}: {spec.name}={value} is not one of {', '.join(filter(None, choices.values()))}")
     return choices[value.lower()] if choices else value
@@ -206,7 +222,7 @@ def flags(argv, specs):
             yield from read_config(arg)
             continue
         key, equals, value = arg[2:].partition("=")
-        if not equals and key in specs and specs[key].type is bool:
+        if not equals and key in specs and (specs[key].type is bool or "True" in specs[key].metadata["choices"]):
             value = rest.pop(0) if rest and rest[0].lower() in WORDS else "True"
         elif not equals and rest:
             value = rest.pop(0)
@@ -225,7 +241,7 @@ def override(settings, argv):
         if key in specs:
             setattr(settings, key, convert(specs[key], value, where))
         elif key in RETIRED:
-            print(f"note: {where}: {key} has no use here: {RETIRED[key]}", file=sys.stderr)
+            tell(f"note: {where}: {key} has no use here: {RETIRED[key]}", "stderr")
         else:
             near = difflib.get_close_matches(key, specs, 1)
             hint = f"did you mean {near[0]}?" if near else "--help lists them all"
@@ -257,7 +273,7 @@ def check(s):
         near = min((h for h in range(1, s.n_embd + 1) if s.n_embd % h == 0), key=lambda h: abs(h - s.n_head))
         raise UserError(f"n_embd={s.n_embd} is not divisible by n_head={s.n_head}: for example --n_head={near}")
     if s.position == "rope" and s.n_embd // s.n_head % 2:
-        raise UserError(f"position=rope needs an even head size, n_embd/n_head is {s.n_embd // s.n_head}: "
+        raise UserError(f"position=rope needs an even head size, n_embd={s.n_embd} / n_head={s.n_head} is odd: "
                         f"choose another n_head, or --position=learned")
 
 
@@ -534,9 +550,12 @@ def read_meta(s):
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        np.dtype(meta["dtype"]), dict(meta["tokenizer"]), str(meta["corpus"])
+        dict(meta["tokenizer"]), str(meta["corpus"])
         sizes = [meta["vocab_size"], *(meta[key][split] for key in ("tokens", "bytes") for split in ("train", "val"))]
-        if meta["format"] != 1 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        bits = dict(uint8=8, uint16=16, uint32=32)[meta["dtype"]]
+        if meta["format"] != 1 or not all(type(size) is int and 0 < size <= 2**53 for size in sizes):
+            raise ValueError
+        if meta["vocab_size"] > 2**bits:
             raise ValueError
     except FileNotFoundError:
         name = "" if s.dataset == "char" else f" --name={s.dataset}"
@@ -566,6 +585,8 @@ class Split:
 
         Raises RunFailed for an id beyond the vocabulary, which only a damaged file has.
         """
+        if os.fstat(self.file.fileno()).st_size != self.count * self.dtype.itemsize:
+            raise RunFailed(f"{self.path} has another size than when this run began: prepare it anew, then resume")
         index = np.minimum(starts[:, None] + np.arange(length), self.count - 1)
         tokens = np.memmap(self.file, self.dtype, "r")[index]  # mapped anew, or all pages ever read would stay resident
         if tokens.max() >= self.vocab_size:
@@ -650,6 +671,11 @@ class World:
             dist.all_reduce(x)
         return x
 
+    def say(self, text):
+        """Print a line, once for all processes."""
+        if self.rank == 0:
+            tell(text)
+
     def any(self, *flags):
         """For each flag, whether it is true in any process."""
         return [count > 0 for count in self.total(torch.tensor(flags, dtype=torch.float32)).tolist()]
@@ -730,7 +756,7 @@ def compile_model(model, s):
         raise
     except Exception as error:  # whatever a compiler can do wrong, training works without it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        print(f"note: torch.compile failed, going on without it: {reason}", file=sys.stderr)
+        tell(f"note: torch.compile failed, going on without it: {reason}", "stderr")
         fast = model
     model.zero_grad(set_to_none=True)
     return fast
@@ -761,8 +787,9 @@ def save_checkpoint(path, checkpoint, keep=None):
     file is then as it was.
     """
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # x: never through a link that somebody put there
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
@@ -782,7 +809,9 @@ def load_checkpoint(path):
             if not stored or archive.testzip() is not None:
                 raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        whole = checkpoint["format"] == 1 and {"model", "config", "tokenizer", "step"} <= checkpoint.keys()
+        held = sum(weight.nbytes for weight in checkpoint["model"].values())  # views can claim more than there is
+        whole = (checkpoint["format"] == 1 and type(checkpoint["step"]) is int and "tokenizer" in checkpoint
+                 and isinstance(checkpoint["config"], dict) and held <= 2 * path.stat().st_size)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: run `python train.py` first, or name its --out_dir") from None
     except OSError as error:
@@ -798,25 +827,34 @@ def load_checkpoint(path):
 def latest_checkpoint(out):
     """The newest checkpoint in folder `out` that is whole: ckpt.pt, or the one before it with a note. UserError."""
     try:
-        return load_checkpoint(out / "ckpt.pt")
+        checkpoint = load_checkpoint(out / "ckpt.pt")
+        model_from_checkpoint(checkpoint, out / "ckpt.pt")
+        return checkpoint
     except UserError as error:
-        if not (out / "ckpt-previous.pt").exists():
+        if not os.path.exists(out / "ckpt-previous.pt"):
             raise
         checkpoint = load_checkpoint(out / "ckpt-previous.pt")
-        print(f"note: {error}; going on from ckpt-previous.pt, step {checkpoint['step']}", file=sys.stderr)
-        return checkpoint
+        model_from_checkpoint(checkpoint, out / "ckpt-previous.pt")
+        tell(f"note: {error}; going on from ckpt-previous.pt, step {checkpoint['step']}", "stderr")
+        return checkpoint | dict(only=True)
 
 
 def model_from_checkpoint(checkpoint, path="checkpoint"):
     """The GPT that a checkpoint holds, on the CPU, in evaluation mode. Raises UserError where they do not fit."""
     try:
-        config = GPTConfig(**{f.name: checkpoint["config"][f.name] for f in fields(GPTConfig)})
-        model = GPT(config)
-        model.load_state_dict(checkpoint["model"])
+        config = GPTConfig(**{f.name: convert(f, checkpoint["config"][f.name], path) for f in fields(GPTConfig)})
+        check(config)
+        if config.n_layer > len(checkpoint["model"]):
+            raise ValueError("fewer weights than layers")
+        with torch.device("meta"):  # takes no memory before it is known to fit
+            model = GPT(config)
+        model.load_state_dict(dict(checkpoint["model"]), assign=True)  # a copy, in which torch notes that it assigns
+        if config.tied_head:
+            model.head.weight = model.wte.weight
     except Exception as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"{path}: its weights and its settings do not fit together: {reason}") from None
-    return model.eval()
+    return model.float().eval()
 
 
 def claim(out):
@@ -826,9 +864,10 @@ def claim(out):
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to out_dir={out} ({error.strerror}): choose another with --out_dir") from None
+        file = open(out / ".lock", "ab")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"cannot write to out_dir={str(out)!r} ({reason}): choose another with --out_dir") from None
     try:
         if os.name == "nt":
             import msvcrt
@@ -836,8 +875,9 @@ def claim(out):
         else:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"out_dir={out} is in use by another run: wait for it, or choose another --out_dir") from None
+    except OSError as error:  # any other: a file system without locks, on which the user is trusted
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise UserError(f"out_dir={out} is in use by another run: wait for it, or choose another") from None
     return file
 
 
@@ -853,7 +893,7 @@ def set_aside(out):
     target.mkdir(parents=True)
     for path in old:
         os.replace(path, target / path.name)
-    print(f"an earlier run in {out} was moved to {target}")
+    tell(f"an earlier run in {out} was moved to {target}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -917,13 +957,14 @@ class Log:
         self.first_step, self.began = progress.step, time.time()
         if self.path is None:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if progress.step and self.path.exists() else []
+        lines = self.path.read_text("utf-8", "replace").splitlines() if progress.step and self.path.exists() else []
         found = [re.match(r'{"step": (\d+),.*}$', line) for line in lines]
         kept = [match[0] for match in found if match and int(match[1]) <= progress.step]
         temporary = self.path.with_name("log.jsonl.tmp")  # a resumed run's log goes on after the checkpoint's own line
+        temporary.unlink(missing_ok=True)
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8", newline="\n")
         os.replace(temporary, self.path)
-        print("    step    loss     val       lr   norm   tokens/s  elapsed     left" + ("   MFU" if self.peak else ""))
+        tell("    step    loss     val       lr   norm   tokens/s  elapsed     left" + ("   MFU" if self.peak else ""))
 
     def elapsed(self):
         """Seconds since the run was launched, its earlier parts included."""
@@ -939,8 +980,8 @@ class Log:
         left = (time.time() - self.began) / (step - self.first_step) * (max_iters - step)
         val = " " * 8 if val_loss is None else f"{val_loss:8.4f}"
         mfu = f"{tokens_per_second / self.peak:6.1%}" if self.peak else ""
-        print(f"{step:8d}{loss:8.4f}{val}{lr:9.1e}{grad_norm:7.3f}{tokens_per_second:11,.0f}{clock(self.elapsed()):>9}"
-              f"{clock(left):>9}{mfu}", flush=True)
+        tell(f"{step:8d}{loss:8.4f}{val}{lr:9.1e}{grad_norm:7.3f}{tokens_per_second:11,.0f}{clock(self.elapsed()):>9}"
+             f"{clock(left):>9}{mfu}")
 
 
 def append_line(path, text):
@@ -953,7 +994,7 @@ def append_line(path, text):
                 file.truncate(end)
                 raise OSError("the disk is full")
     except OSError as error:
-        print(f"note: a line of {path} could not be written ({error.strerror or error})", file=sys.stderr)
+        tell(f"note: a line of {path} could not be written ({error.strerror or error})", "stderr")
 
 
 def clock(seconds):
@@ -1012,6 +1053,9 @@ def update(model, optimizers, scaler, lr, grad_clip):
 
 def check_data(s, splits, meta, checkpoint):
     """Refuse settings that do not fit the data, or the checkpoint to go on from. Raises UserError."""
+    if checkpoint and meta["tokenizer"] != checkpoint["tokenizer"]:
+        raise UserError(f"dataset={s.dataset} has another tokenizer than the checkpoint: resume with the data it was "
+                        "trained on, or train anew with another --out_dir")
     for split in splits.values():
         if split.count <= s.block_size:
             raise UserError(f"block_size={s.block_size} is longer than {split.path} ({split.count:,} tokens): "
@@ -1025,23 +1069,24 @@ def check_data(s, splits, meta, checkpoint):
         if getattr(s, key) != (before := checkpoint["config"][key]):
             raise UserError(f"{key}={getattr(s, key)} cannot be changed on resume: the checkpoint has {before}. "
                             "Leave it out, or train anew with another --out_dir")
-    if meta["tokenizer"] != checkpoint["tokenizer"]:
-        raise UserError(f"dataset={s.dataset} has another tokenizer than the checkpoint: resume with the data it was "
-                        "trained on, or train anew with another --out_dir")
 
 
-def check_finite(first_step, losses, grad_norms, s, scaled):
-    """Raise RunFailed for the first step whose loss or gradient norm is not finite, before anything of it is saved.
-
-    Where losses are scaled (float16), an infinite gradient is skipped by design, and only the loss counts.
-    """
-    for step, (loss, grad_norm) in enumerate(zip(losses, grad_norms, strict=True), first_step):
-        if not math.isfinite(loss) or not (scaled or math.isfinite(grad_norm)):
+def check_finite(s, first_step, **columns):
+    """Raise RunFailed for the first step with a number that is not finite, before anything of it is saved."""
+    for step, numbers in enumerate(zip(*columns.values(), strict=True), first_step):
+        bad = [f"{name} {x:.4g}" for name, x in zip(columns, numbers, strict=True) if not math.isfinite(x)]
+        if bad:
             kept = Path(s.out_dir) / "ckpt.pt"
             saved = f"{kept} is from before it" if kept.exists() else "no checkpoint was written yet"
-            raise RunFailed(f"step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite; {saved}. "
+            raise RunFailed(f"step {step}: {', '.join(bad).replace('_', ' ')} is not finite; {saved}. "
                             f"Usual causes: learning_rate={s.learning_rate:g} too high, warmup_iters={s.warmup_iters} "
                             f"too few, dtype={s.dtype} too coarse (try --dtype=float32)")
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory ran out: torch has no one class for it."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or re.search("allocate|ALLOC_FAILED", str(error)) is not None
 
 
 def out_of_memory(s):
@@ -1056,30 +1101,34 @@ def out_of_memory(s):
             f"n_embd={s.n_embd}")
 
 
-def announce(say, s, world, meta, model):
+def announce(s, world, meta, model):
     """The run in a few lines, before it begins."""
     parts, tokens = model.parameters_by_part(), s.batch_size * s.gradient_accumulation_steps * s.block_size
-    train_tokens, val_tokens = meta["tokens"]["train"], meta["tokens"]["val"]
-    say(f"corpus     {meta['corpus']}: {train_tokens:,} training and {val_tokens:,} validation tokens of "
-        f"{meta['vocab_size']:,} kinds")
-    if "note" in meta:
-        say(f"           {meta['note']}")
-    say(f"settings   {changed(s)}")
-    say(f"model      {sum(parts.values()):,} parameters: " + ", ".join(f"{v:,} {k}" for k, v in parts.items() if v))
-    say(f"hardware   {world.device}, {str(model.compute_dtype).removeprefix('torch.')}, "
-        f"{world.size} process{'es' * (world.size > 1)}")
-    say(f"work       {s.max_iters:,} steps of {tokens:,} tokens, {s.max_iters * tokens / train_tokens:.1f} epochs")
+    counted = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count)
+    epochs, dtype = s.max_iters * tokens / meta["tokens"]["train"], str(model.compute_dtype).removeprefix("torch.")
+    for line in (
+        f"corpus     {meta['corpus']}: {meta['tokens']['train']:,} training and {meta['tokens']['val']:,} validation tokens",
+        *([f"           {meta['note']}"] if "note" in meta else []),
+        f"settings   {changed(s)}",
+        f"model      {sum(parts.values()):,} parameters: {counted}",
+        f"hardware   {world.device}, {dtype}, {world.size} process{'es' * (world.size > 1)}",
+        f"work       {s.max_iters:,} steps of {tokens:,} tokens, {epochs:.1f} epochs",
+    ):
+        world.say(line)
 
 
-def farewell(say, s, progress, stop, stopping, bits_per_byte):
+def farewell(s, world, run, stop, stopping):
     """The run in a line or two, after its end. Returns the exit status."""
+    progress, best = run.progress, run.progress.best_val_loss
     folder = "" if s.out_dir == "out" else f" --out_dir={s.out_dir}"
     if stopping:
-        say(f"stopped at step {progress.step}, all is saved; to go on: python train.py --init_from=resume{folder}")
+        world.say(f"stopped at step {progress.step}, all is saved; go on: python train.py --init_from=resume{folder}")
         return 128 + (stop.number or signal.SIGTERM)
-    best = progress.best_val_loss
-    say(f"best validation loss {best:.4f} ({best * bits_per_byte:.4f} bits per byte) at step {progress.best_step}, in "
-        f"{Path(s.out_dir) / 'best.pt'}\nto hear it: python sample.py{folder}")
+    if not progress.best_step:
+        world.say(f"nothing to do: step {progress.step} of {s.max_iters} is done")
+        return 0
+    world.say(f"best validation loss {best:.4f} ({best * run.bits_per_byte:.4f} bits per byte) at step "
+              f"{progress.best_step}, in {Path(s.out_dir) / 'best.pt'}\nto hear it: python sample.py{folder}")
     return 0
 
 
@@ -1095,6 +1144,8 @@ class Run:
         self.optimizers = make_optimizers(self.model, s, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.model.compute_dtype == torch.float16)
         self.progress = Progress()
+        self.bits_per_byte = meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2)  # of a loss in nats a token
+        self.rotate = True  # whether the next save keeps the ckpt.pt that is there: not where it is damaged
 
     def state(self):
         """The checkpoint: a dict of tensors and plain values."""
@@ -1103,12 +1154,20 @@ class Run:
                     corpus=self.meta["corpus"], **asdict(self.progress))
 
     def restore(self, checkpoint):
-        """Go on from a checkpoint's state."""
-        self.model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
-        self.scaler.load_state_dict(checkpoint["scaler"])
-        self.progress = Progress(**{f.name: checkpoint[f.name] for f in fields(Progress)})
+        """Go on from a checkpoint's state. Raises UserError where it does not fit."""
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            for optimizer, saved in zip(self.optimizers, checkpoint["optimizer"], strict=True):
+                # the state alone, because learning rate, decay and the like are this run's
+                optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved["state"]))
+                if any(v.ndim and v.shape != p.shape for p, state in optimizer.state.items() for v in state.values()):
+                    raise ValueError("optimizer state of other shapes")
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            self.progress = Progress(**{f.name: f.type(checkpoint[f.name]) for f in fields(Progress)})
+        except Exception as error:
+            raise UserError(f"{Path(self.settings.out_dir) / 'ckpt.pt'}: cannot go on from it "
+                            f"({type(error).__name__}: {' '.join(str(error).split())[:100]}): train anew") from None
+        self.rotate = "only" not in checkpoint
 
     def save(self, out, val_loss, final):
         """Write out/ckpt.pt, keeping the one before it, and out/best.pt where val_loss (or None) is the best so far.
@@ -1121,13 +1180,14 @@ class Run:
                 progress.best_val_loss, progress.best_step = val_loss, progress.step
                 save_checkpoint(out / "best.pt", self.state())
             best_before = progress.best_val_loss, progress.best_step
-            save_checkpoint(out / "ckpt.pt", self.state(), keep=out / "ckpt-previous.pt")
+            save_checkpoint(out / "ckpt.pt", self.state(), keep=self.rotate and out / "ckpt-previous.pt")
+            self.rotate = True
         except (OSError, RuntimeError) as error:
             progress.best_val_loss, progress.best_step = best_before
             text = f"step {progress.step} could not be saved in {out} ({' '.join(str(error).split())[:100]})"
             if final:
                 raise RunFailed(f"{text}; what was saved before is whole. Make room, then --init_from=resume") from None
-            print(f"note: {text}; what was saved before is whole, and the next save tries again", file=sys.stderr)
+            tell(f"note: {text}; what was saved before is whole, and the next save tries again", "stderr")
 
 
 def train(s, checkpoint=None):
@@ -1137,23 +1197,24 @@ def train(s, checkpoint=None):
     splits = {name: Split(folder, name, meta) for name in ("train", "val")}
     s.vocab_size = s.vocab_size or meta["vocab_size"]
     check_data(s, splits, meta, checkpoint)
-    out = Path(s.out_dir)
-    if world.rank == 0 and not s.eval_only:
-        held = claim(out)  # noqa: F841  (for as long as this function runs)
-        if not checkpoint:
-            set_aside(out)
-    run = Run(s, meta, world.device)
-    if checkpoint:
-        run.restore(checkpoint)
-    model, progress = run.model, run.progress
-    bits_per_byte = meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2)  # times the loss in nats a token
-    say = print if world.rank == 0 else lambda *args: None
-    announce(say, s, world, meta, model)
-    if s.eval_only:
-        val_loss = evaluate(model, splits["val"], s, world)
-        say(f"validation loss {val_loss:.4f} ({val_loss * bits_per_byte:.4f} bits per byte)")
+    writes = world.rank == 0 and not s.eval_only
+    with claim(Path(s.out_dir)) if writes else nullcontext():
+        if writes and not checkpoint:
+            set_aside(Path(s.out_dir))
+        run = Run(s, meta, world.device)
+        if checkpoint:
+            run.restore(checkpoint)
+        announce(s, world, meta, run.model)
+        if not s.eval_only:
+            return fit(run, splits, s, world)
+        val_loss = evaluate(run.model, splits["val"], s, world)
+        world.say(f"validation loss {val_loss:.4f} ({val_loss * run.bits_per_byte:.4f} bits per byte)")
         return 0
 
+
+def fit(run, splits, s, world):
+    """The training loop: update, evaluate, log, save, until max_iters or a signal. Returns the exit status."""
+    model, progress, out = run.model, run.progress, Path(s.out_dir)
     # Three names for one set of weights: the raw model, which is saved; compiled; and synchronized over processes.
     compiled = synchronized = compile_model(model, s) if compile_pays(model, s, world) else model
     if world.size > 1:
@@ -1165,7 +1226,7 @@ def train(s, checkpoint=None):
     began = saved = time.monotonic()
     while progress.step < s.max_iters and not stopping:
         # One update. Dropout is a function of (seed, step, rank), so that there is no random state to save.
-        torch.manual_seed((s.seed * 1_000_003 + progress.step) * 65_537 + world.rank)
+        torch.manual_seed(((s.seed * 1_000_003 + progress.step) * 65_537 + world.rank) % 2**63)
         lr = learning_rate(progress.step, s)
         loss = accumulate_gradients(synchronized, run.scaler, splits["train"], s, world, progress.sequences)
         grad_norm = update(model, run.optimizers, run.scaler, lr, s.grad_clip)
@@ -1180,15 +1241,19 @@ def train(s, checkpoint=None):
 
         losses, grad_norms = torch.stack(recent).T.contiguous()
         losses, grad_norms = world.total(losses).tolist(), grad_norms.tolist()
-        check_finite(progress.step - len(recent) + 1, losses, grad_norms, s, run.scaler.is_enabled())
+        scaled = run.scaler.is_enabled()  # then steps with an infinite gradient are skipped by design
+        check_finite(s, progress.step - len(recent) + 1, loss=losses, gradient_norm=losses if scaled else grad_norms)
         tokens_per_second = len(recent) * run.tokens_per_step / (time.monotonic() - began)
         for loss in losses:  # one by one: sum() rounds otherwise, and a resumed run's log would show it
             progress.loss_sum += loss
         progress.loss_count += len(recent)
         val_loss = evaluate(compiled, splits["val"], s, world) if evaluating else None
+        if evaluating or stopping or saving:
+            norm = nn.utils.get_total_norm(model.parameters()).item()
+            check_finite(s, progress.step, validation_loss=[val_loss or 0.0], norm_of_weights=[norm])
         if logging:
             log.line(progress.step, s.max_iters, progress.loss_sum / progress.loss_count, val_loss,
-                     val_loss and val_loss * bits_per_byte, lr, grad_norms[-1], tokens_per_second)
+                     val_loss and val_loss * run.bits_per_byte, lr, grad_norms[-1], tokens_per_second)
             progress.loss_sum, progress.loss_count = 0.0, 0
         if world.rank == 0 and (evaluating or stopping or saving):
             progress.elapsed = log.elapsed()
@@ -1196,7 +1261,7 @@ def train(s, checkpoint=None):
             saved = time.monotonic()
         recent.clear()
         began = time.monotonic()
-    return farewell(say, s, progress, stop, stopping, bits_per_byte)
+    return farewell(s, world, run, stop, stopping)
 
 
 def configure(argv):
@@ -1204,10 +1269,12 @@ def configure(argv):
     s = override(Settings(), argv)
     checkpoint = None
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts after a crash
-    if s.init_from == "resume" or restarted and (Path(s.out_dir) / "ckpt.pt").exists():
+    if s.init_from == "resume" or restarted and any(os.path.exists(Path(s.out_dir, name)) for name in RUN_FILES[:2]):
         checkpoint = latest_checkpoint(Path(s.out_dir))
-        known = {f.name: checkpoint["config"].get(f.name, f.default) for f in fields(Settings)}
-        s = override(Settings(**known), argv)  # the run's own settings, and over them what is asked for now
+        known = {f.name: convert(f, checkpoint["config"].get(f.name, f.default), f"{s.out_dir}/ckpt.pt")
+                 for f in fields(Settings)}
+        # the run's own settings, but for where it lies now, and over them what is asked for now
+        s = override(Settings(**known | dict(out_dir=s.out_dir)), argv)
     check(s)
     return s, checkpoint
 
@@ -1218,23 +1285,28 @@ def main(argv=None):
     if "--help" in argv or "-h" in argv:
         print(__doc__ + "\nSettings, each with its default:\n" + describe(Settings))
         return 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # no name of a file is worth a UnicodeEncodeError
     s = None
     try:
         s, checkpoint = configure(argv)
         return train(s, checkpoint)
     except (UserError, RunFailed) as error:
-        message, status = error, 2 if isinstance(error, UserError) else 1
+        message, status = str(error), 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         message, status = "interrupted; the last checkpoint is whole", 130
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        message, status = out_of_memory(s), 1
+        message, status = out_of_memory(s) if s else "out of memory", 1
+    except OSError as error:
+        message, status = f"{error.filename or s.out_dir}: {error.strerror or error}; what was saved is whole", 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine speaks for all
-        print(f"train.py: {message}", file=sys.stderr)
+        tell(f"train.py: {' '.join(str(message).split())}", "stderr")
     return status
 
 

@@ -78,7 +78,8 @@ def test_a_run_sees_each_window_once_and_a_resumed_run_the_ones_left(project, mo
     monkeypatch.setattr(train.GPT, "forward", spy)
     project.dataset("noise", letters(3000))
     project.train("--dataset=noise", "--max_iters=10", "--gradient_accumulation_steps=2")
-    project.train("--dataset=noise", "--max_iters=20", "--batch_size=5", "--init_from=resume")
+    project.train("--dataset=noise", "--max_iters=20", "--batch_size=5", "--gradient_accumulation_steps=1",
+                  "--init_from=resume")
     split, starts = project.split("train", "--dataset=noise"), train.window_starts(1337, 0, 130, 2700, 16)
     assert len(set(map(tuple, seen))) == len(seen) == 130
     assert seen == split.read(starts, 16).tolist()
