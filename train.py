@@ -1105,9 +1105,10 @@ def announce(s, world, meta, model):
     """The run in a few lines, before it begins."""
     parts, tokens = model.parameters_by_part(), s.batch_size * s.gradient_accumulation_steps * s.block_size
     counted = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count)
-    epochs, dtype = s.max_iters * tokens / meta["tokens"]["train"], str(model.compute_dtype).removeprefix("torch.")
+    train_tokens, val_tokens = meta["tokens"]["train"], meta["tokens"]["val"]
+    epochs, dtype = s.max_iters * tokens / train_tokens, str(model.compute_dtype).removeprefix("torch.")
     for line in (
-        f"corpus     {meta['corpus']}: {meta['tokens']['train']:,} training and {meta['tokens']['val']:,} validation tokens",
+        f"corpus     {meta['corpus']}: {train_tokens:,} training and {val_tokens:,} validation tokens",
         *([f"           {meta['note']}"] if "note" in meta else []),
         f"settings   {changed(s)}",
         f"model      {sum(parts.values()):,} parameters: {counted}",

@@ -24,8 +24,8 @@ import train  # noqa: E402
 
 README = ROOT / "README.md"
 TEXT = "ROMEO: Once more I come.\nJULIET: What, art thou come again? Good night, good night!\n" * 40
-TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=8 --batch_size=2 --gradient_accumulation_steps=1 --max_iters=2 " \
-       "--eval_iters=1 --compile=False".split()
+TINY = ("--n_layer=1 --n_head=2 --n_embd=16 --block_size=8 --batch_size=2 --gradient_accumulation_steps=1 "
+        "--max_iters=2 --eval_iters=1 --compile=False").split()
 
 
 def settings_table():
@@ -95,7 +95,8 @@ def newcomer(project, tmp_path, monkeypatch):
 
     import tiktoken
     letters = {bytes([i]): i for i in range(256)}
-    small = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=letters, special_tokens={"<|endoftext|>": 256})
+    special = {"<|endoftext|>": 256}
+    small = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=letters, special_tokens=special)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small)
     yield tmp_path
     server.shutdown()
