@@ -38,29 +38,25 @@ class Settings:
     start: str = setting("", "text to go on from, FILE:path, or - for standard input; nothing begins a new text")
     per_line: bool = setting(False, "each line of the start is a prompt of its own; empty ones are left out")
     interactive: bool = setting(False, "each line typed is a prompt, until Ctrl-D")
-    num_samples: int = setting(1, "texts for each prompt; a single one appears as it is written")
-    max_new_tokens: int = setting(500, "length of each text in tokens, unless it ends by itself")
+    num_samples: int = setting(1, "texts for each prompt; a single one appears as it is written", least=1)
+    max_new_tokens: int = setting(500, "length of each text in tokens, unless it ends by itself", least=0)
     stop: str = setting("", r"a text ends before this string; \n stands for a line's end")
-    temperature: float = setting(0.8, "below 1 likely tokens are drawn more often, above 1 less; 0 draws the likeliest")
-    top_k: int = setting(200, "draw from this many of the likeliest tokens; 0 is off")
+    temperature: float = setting(0.8, "below 1 likely tokens are drawn more often, above 1 less; 0 draws the likeliest",
+                                 least=0, below=1000)
+    top_k: int = setting(200, "draw from this many of the likeliest tokens; 0 is off", least=0)
     top_p: float = setting(1.0, "draw from the likeliest tokens that together have this probability; 1 is off")
-    min_p: float = setting(0.0, "draw from tokens with at least this share of the likeliest one's probability")
-    repetition_penalty: float = setting(1.0, "above 1, tokens of the prompt and the text so far are drawn less often")
-    seed: int = setting(1337, "of the draws: the same seed, settings and hardware give the same text")
+    min_p: float = setting(0.0, "draw from tokens with at least this share of the likeliest one's probability",
+                           least=0, below=1)
+    repetition_penalty: float = setting(1.0, "above 1, tokens of the prompt and the text so far are drawn less often",
+                                        least=0.01, below=100)
+    seed: int = setting(1337, "of the draws: the same seed, settings and hardware give the same text", least=0)
     device: str = setting("auto", "auto takes cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the matrix products; auto is bfloat16 where the hardware multiplies it natively",
                          ("auto", "float32", "bfloat16", "float16"))
 
 
 def check(s):
-    """Refuse settings outside their range. Raises UserError."""
-    for key, least, most in (("num_samples", 1, None), ("max_new_tokens", 0, None), ("temperature", 0, 100),
-                             ("top_k", 0, None), ("min_p", 0, 1), ("seed", 0, 2**63 - 1),
-                             ("repetition_penalty", 0.01, 100)):
-        value = getattr(s, key)
-        if value < least or most is not None and value > most:
-            allowed = f"{least} or more" if most is None else f"from {least} to {most}"
-            raise UserError(f"{key}={value} must be {allowed}: for example --{key}={getattr(Settings, key)}")
+    """Refuse what the settings' own bounds do not. Raises UserError."""
     if not 0 < s.top_p <= 1:
         raise UserError(f"top_p={s.top_p} must be above 0 and at most 1: for example --top_p=0.95, or 1 for all tokens")
     if s.interactive and (s.start or s.per_line):
@@ -72,7 +68,7 @@ def check(s):
 
 
 def keep_top_k(logits, k):
-    """The k largest logits of each row, k >= 1; of equal ones the first. (B, V) -> (B, V)."""
+    """The k largest logits of each row, k >= 1, and no more where some are equal. (B, V) -> (B, V)."""
     values, ids = logits.topk(min(k, logits.shape[-1]))
     return torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
 
@@ -205,6 +201,15 @@ def generate(model, idx, max_new_tokens, num_samples=1, repetition_penalty=1.0, 
                 cache.length = 0
 
 
+def worth_threads(model, rows):
+    """Whether more than one CPU thread makes this many rows faster.
+
+    Below, a matrix product is done about when a second thread has woken up, and where other programs keep the cores
+    busy, waiting for that thread takes several times as long as the product.
+    """
+    return rows * sum(p.numel() for p in model.parameters()) > 16e6
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Text in and out
 
@@ -319,13 +324,12 @@ class Writer:
         self.device = train.join_world(hardware).device
         self.model.compute_dtype = train.choose_dtype(hardware, self.device)
         self.model.to(self.device, self.model.compute_dtype)  # once here, or every layer would do it at every token
-        if self.device.type == "cpu" and sum(p.numel() for p in self.model.parameters()) < 4e6:
-            torch.set_num_threads(1)  # matrices this small are multiplied before a second thread has woken up
         blank = [i for i in range(V) if not self.tokenizer.decode_bytes([i])]  # gaps, and rows beyond the vocabulary
         self.drawing = dict(
             forbidden=torch.tensor(blank, device=self.device) if blank else None,
             generator=torch.Generator(self.device).manual_seed(s.seed), repetition_penalty=s.repetition_penalty,
             temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+        self.threads = torch.get_num_threads()
         self.num_samples, self.max_new_tokens, self.stop = s.num_samples, s.max_new_tokens, s.stop.replace("\\n", "\n")
 
     def encode(self, start):
@@ -344,6 +348,7 @@ class Writer:
 
     def pieces(self, prompts, samples):
         """Yield step by step what each text gains, as a list; prompts are lists of ids of one length."""
+        torch.set_num_threads(self.threads if worth_threads(self.model, len(prompts) * samples) else 1)
         texts = [Continuation(self.tokenizer, self.stop) for _ in range(len(prompts) * samples)]
         idx = torch.tensor(prompts, device=self.device)
         steps = generate(self.model, idx, self.max_new_tokens, samples, **self.drawing)

@@ -15,13 +15,18 @@ import time
 
 LAUNCHED = time.time()  # before the slow imports, because the time a user waits begins here
 
+import os
+
+# CPU threads that wait shall sleep: spinning ones halve the speed as soon as another program wants a core.
+# Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import ast
 import difflib
 import errno
 import json
 import math
 import operator
-import os
 import re
 import signal
 import sys
@@ -708,7 +713,11 @@ def join_world(s):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TensorFloat-32 where float32 is asked for
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, _, _ = next(dist.rendezvous("env://"))
+        # torchrun keeps one store over its restarts, in which the dead processes' addresses still stand
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return World(rank, size, device)
 
 

@@ -1,6 +1,7 @@
 """What the tests share: a small text with structure, a working folder that holds it as a dataset, a train.py to run."""
 import hashlib
 import json
+import os
 import random
 import signal
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py has it, for tests that import torch before it
 
 settings.register_profile("shared machine", deadline=None, database=None,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

@@ -327,6 +327,18 @@ def test_nothing_that_may_belong_to_the_stop_string_is_shown():
     assert text.ended and text.finish() == ""
 
 
+def test_a_stop_string_may_begin_and_end_inside_tokens():
+    class Words:
+        eot = None
+
+        def decode_bytes(self, ids):
+            return b"".join([b"one E", b"ND two", b"three END four", b"EEND"][i] for i in ids)
+
+    for tokens, expected in (([0, 1, 2], "one "), ([2, 0], "three "), ([0, 0, 3, 1], "one Eone EE"), ([0], "one E")):
+        text = sample.Continuation(Words(), "END")
+        assert "".join([text.feed(token) for token in tokens] + [text.finish()]) == expected
+
+
 class Spoken:
     """A tokenizer of ids 0 to 9, spelled a to j; 9 ends a text."""
     eot, vocab_size = 9, 10
@@ -490,19 +502,19 @@ MISTAKES = [
     (["--start=Ünknown"], ["'Ü'", "U+00DC"]),
     (["--start=FILE:tab.txt"], ["'\\t'"]),
     (["--interactive", "--start=abc"], ["interactive", "--start"]),
-    (["--top_k=-1"], ["top_k=-1", "0 or more"]),
-    (["--temperature=-1"], ["temperature=-1", "from 0 to 100"]),
-    (["--temperature=1e300"], ["temperature", "from 0 to 100"]),
+    (["--top_k=-1"], ["top_k=-1", "at least 0"]),
+    (["--temperature=-1"], ["temperature=-1", "at least 0"]),
+    (["--temperature=1e300"], ["temperature=1e+300", "below 1000"]),
     (["--temperature=nan"], ["temperature=nan"]),
     (["--top_p=0"], ["top_p=0.0", "above 0"]),
     (["--top_p=2"], ["top_p=2.0", "at most 1"]),
-    (["--min_p=1.5"], ["min_p=1.5", "from 0 to 1"]),
+    (["--min_p=1.5"], ["min_p=1.5", "below 1"]),
     (["--repetition_penalty=0"], ["repetition_penalty=0.0"]),
-    (["--num_samples=0"], ["num_samples=0", "1 or more"]),
-    (["--max_new_tokens=-1"], ["max_new_tokens=-1", "0 or more"]),
+    (["--num_samples=0"], ["num_samples=0", "at least 1"]),
+    (["--max_new_tokens=-1"], ["max_new_tokens=-1", "at least 0"]),
     (["--max_new_tokens=ten"], ["max_new_tokens=ten", "whole number"]),
     (["--seed=-1"], ["seed=-1"]),
-    (["--seed=" + "9" * 30], ["seed", "from 0 to"]),
+    (["--seed=" + "9" * 30], ["seed", "below 2**53"]),
     (["--num_sample=3"], ["num_sample", "did you mean num_samples"]),
     (["--xyzzy=3"], ["xyzzy", "--help"]),
     (["ROMEO:"], ["ROMEO:", "--key=value"]),

@@ -7,8 +7,8 @@
 Both models have random weights, the same shapes and the same settings: temperature 0.8, top-k 200, nothing compiled.
 "within" goes on from a prompt of one token until the context is full or all --tokens are there; "past" starts from a
 full context and generates the rest, reading the prompt included; "both" is the one after the other. The two sides take
-turns, after one turn that is not counted. Speeds are tokens a second of all sequences of a batch together: the median
-of n turns, and in brackets the slowest and the fastest.
+turns, after one turn that is not counted. sample.py takes a single CPU thread where more do not pay. Speeds are tokens
+a second of all sequences of a batch together: the median of n turns, and in brackets the slowest and the fastest.
 """
 import argparse
 import contextlib
@@ -35,8 +35,8 @@ SIZES = {  # n_layer, n_head, n_embd, block_size, vocab_size
 }
 
 
-def ours(size, device, dtype):
-    """A GPT of train.py, ready to generate, and a function of (batch, prompt length, tokens) that returns its seconds."""
+def ours(size, device, dtype, threads):
+    """A function of (batch, prompt length, tokens) that generates with a GPT of train.py and returns the seconds."""
     n_layer, n_head, n_embd, block_size, vocab_size = SIZES[size]
     model = train.GPT(train.GPTConfig(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head,
                                       n_embd=n_embd, zero_init=False)).eval()
@@ -44,13 +44,14 @@ def ours(size, device, dtype):
     model.to(device, dtype)
 
     def run(batch, prompt, tokens):
+        torch.set_num_threads(threads if sample.worth_threads(model, batch) else 1)  # as sample.py does
         idx = torch.zeros(batch, prompt, dtype=torch.long, device=device)
         return timed(device, lambda: list(sample.generate(model, idx, tokens, temperature=0.8, top_k=200)))
 
     return run
 
 
-def nanogpt(checkout, size, device, dtype):
+def nanogpt(checkout, size, device, dtype, threads):
     """The same for nanoGPT's model.py, under autocast as its sample.py has it."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(checkout) / "model.py")
     module = importlib.util.module_from_spec(spec)
@@ -62,6 +63,7 @@ def nanogpt(checkout, size, device, dtype):
     cast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
     def run(batch, prompt, tokens):
+        torch.set_num_threads(threads)
         idx = torch.zeros(batch, prompt, dtype=torch.long, device=device)
         with cast:
             return timed(device, lambda: model.generate(idx, tokens, temperature=0.8, top_k=200))
@@ -109,17 +111,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
     hardware = train.Settings(device=args.device, dtype=args.dtype)
     device = train.join_world(hardware).device
     dtype = train.choose_dtype(hardware, device)
-    sides = {"sample.py": ours(args.size, device, dtype)}
+    sides = {"sample.py": ours(args.size, device, dtype, args.threads)}
     if args.nanogpt:
-        sides["nanoGPT"] = nanogpt(args.nanogpt, args.size, device, dtype)
+        sides["nanoGPT"] = nanogpt(args.nanogpt, args.size, device, dtype, args.threads)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     facts = dict(size=args.size, tokens=args.tokens, context=SIZES[args.size][3], n=args.n, device=str(device),
-                 chip=chip, cores=os.cpu_count(), threads=torch.get_num_threads(), load_before=load,
+                 chip=chip, cores=os.cpu_count(), threads=args.threads, load_before=load,
                  dtype=str(dtype).removeprefix("torch."), torch=torch.__version__, python=platform.python_version())
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     print(f"{'batch':>5}  {'tokens/s':<10}{'within context':>24}{'past it':>24}{'both':>24}")
