@@ -818,7 +818,7 @@ def load_checkpoint(path):
             if not stored or archive.testzip() is not None:
                 raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        held = sum(weight.nbytes for weight in checkpoint["model"].values())  # views can claim more than there is
+        held = sum(weight.nbytes for weight in dict(checkpoint)["model"].values())  # views can claim more than there is
         whole = (checkpoint["format"] == 1 and type(checkpoint["step"]) is int and "tokenizer" in checkpoint
                  and isinstance(checkpoint["config"], dict) and held <= 2 * path.stat().st_size)
     except FileNotFoundError:
@@ -853,7 +853,7 @@ def model_from_checkpoint(checkpoint, path="checkpoint"):
     try:
         config = GPTConfig(**{f.name: convert(f, checkpoint["config"][f.name], path) for f in fields(GPTConfig)})
         check(config)
-        if config.n_layer > len(checkpoint["model"]):
+        if config.n_layer > len(checkpoint["model"]) or any(weight.is_meta for weight in checkpoint["model"].values()):
             raise ValueError("fewer weights than layers")
         with torch.device("meta"):  # takes no memory before it is known to fit
             model = GPT(config)
@@ -1170,10 +1170,14 @@ class Run:
             for optimizer, saved in zip(self.optimizers, checkpoint["optimizer"], strict=True):
                 # the state alone, because learning rate, decay and the like are this run's
                 optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved["state"]))
-                if any(v.ndim and v.shape != p.shape for p, state in optimizer.state.items() for v in state.values()):
-                    raise ValueError("optimizer state of other shapes")
+                names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+                if any(state.keys() != names or any(v.ndim and v.shape != p.shape for v in state.values())
+                       for p, state in optimizer.state.items()):
+                    raise ValueError("optimizer state of another kind")
             self.scaler.load_state_dict(checkpoint["scaler"])
-            self.progress = Progress(**{f.name: f.type(checkpoint[f.name]) for f in fields(Progress)})
+            self.progress = p = Progress(**{f.name: f.type(checkpoint[f.name]) for f in fields(Progress)})
+            if not all(0 <= x < 2**53 for x in (p.step, p.sequences, p.loss_count, p.elapsed)):
+                raise ValueError("no such progress")
         except Exception as error:
             raise UserError(f"{Path(self.settings.out_dir) / 'ckpt.pt'}: cannot go on from it "
                             f"({type(error).__name__}: {' '.join(str(error).split())[:100]}): train anew") from None

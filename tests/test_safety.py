@@ -336,6 +336,7 @@ def hostile(whole):
     config = checkpoint["config"]
     for key, value in dict(n_layer=10**9, n_embd=10**9, n_head=0, vocab_size=-1, vocab_multiple=10**18).items():
         yield f"{key}={value}", resaved(whole, config=config | {key: value})
+    yield "weights without values", resaved(whole, model={k: w.to("meta") for k, w in checkpoint["model"].items()})
     yield "settings that are code", resaved(whole, config=config | dict(n_layer=CODE))
     yield "deep", pickle.dumps([])[:-1] + b"(" * 100_000 + b"l" * 100_000 + b"."
 
@@ -383,7 +384,10 @@ def test_a_checkpoint_does_not_choose_where_to_write(trained):
 
 @pytest.mark.parametrize("change", [
     dict(optimizer=[]), dict(optimizer=[{}, {}]), dict(optimizer=[dict(state={}, param_groups=[])]),
-    dict(best_val_loss="low"), dict(sequences=None), dict(optimizer="x"), dict(elapsed=[])], ids=str)
+    dict(best_val_loss="low"), dict(sequences=None), dict(optimizer="x"), dict(elapsed=[]), dict(sequences=10**30),
+    dict(sequences=-1000), dict(step=-1), dict(elapsed=math.nan), dict(elapsed=math.inf),
+    dict(optimizer=[dict(state={0: dict(step=torch.tensor(1.0))}), dict(state={})])],
+    ids=lambda change: str(change)[:40])
 def test_parts_that_do_not_fit_are_one_line(trained, change):
     project, whole = trained
     put(project, resaved(whole, **change))
