@@ -15,18 +15,13 @@ import time
 
 LAUNCHED = time.time()  # before the slow imports, because the time a user waits begins here
 
-import os
-
-# CPU threads that wait shall sleep: spinning ones halve the speed as soon as another program wants a core.
-# Read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import ast
 import difflib
 import errno
 import json
 import math
 import operator
+import os
 import re
 import signal
 import sys

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py has it, for tests that import torch before it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait sleep: faster on a busy machine
 
 settings.register_profile("shared machine", deadline=None, database=None,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
