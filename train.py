@@ -557,6 +557,8 @@ def read_meta(s):
             raise ValueError
         if meta["vocab_size"] > 2**bits:
             raise ValueError
+        for key in {"corpus", "note"} & meta.keys():  # shown to people: without what would command their terminal
+            meta[key] = "".join(filter(str.isprintable, str(meta[key])))
     except FileNotFoundError:
         name = "" if s.dataset == "char" else f" --name={s.dataset}"
         raise UserError(f"no data in {folder}: run `python prepare.py{name}` first") from None

@@ -747,3 +747,10 @@ def test_memory_and_open_files_stay_flat(tmp_path):
     command("bench/long_run.py", "--steps=600", f"--json={tmp_path / 'figures.json'}")
     first, _, last = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["resources"].values()
     assert last["open_files"] == first["open_files"] and last["anon_mb"] < first["anon_mb"] + 20
+
+
+def test_a_corpus_name_cannot_command_the_terminal(project, capsys):
+    project.dataset("tiny", project.text, corpus="a\x1b[2Jb", note="c\x1b]0;d\x07")
+    assert train.main([*TINY, "--max_iters=1"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out and "a[2Jb" in out
