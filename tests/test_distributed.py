@@ -1,9 +1,12 @@
 """Several processes: the same curve as one, one log, checkpoints that either goes on from, and an end for all."""
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 
 import pytest
 import torch
@@ -35,6 +38,49 @@ def finish(process):
     return out
 
 
+def processes(count, *argv, patch=None):
+    """Run train.py in `count` processes at once, forked from this one, which has torch loaded already.
+
+    Returns their exit statuses and all that they wrote. `patch(rank)` runs in each of them first.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    with tempfile.TemporaryFile() as written:
+        for rank in range(count):
+            if not (child := os.fork()):
+                status = 99
+                try:
+                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
+                                      LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                    sys.stdout = sys.stderr = open(os.dup(written.fileno()), "w", encoding="utf-8", buffering=1)
+                    if patch:
+                        patch(rank)
+                    status = train.main([*TINY, *argv])
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(status)
+            children.append(child)
+        try:
+            statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        except BaseException:  # such as Ctrl-C
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            raise
+        written.seek(0)
+        return statuses, written.read().decode("utf-8", "replace")
+
+
+def train_together(count, *argv):
+    """Like processes(), but all of them must succeed, and nothing may be amiss. Returns what they wrote."""
+    statuses, written = processes(count, *argv)
+    assert statuses == [0] * count, written
+    assert "Traceback" not in written and "Warning" not in written, written
+    return written
+
+
 def assert_same_curve(project, one, many, tolerance=1e-4):
     """The logs agree to float32 rounding, which grows with the steps."""
     for a, b in zip(project.log(one), project.log(many), strict=True):
@@ -44,6 +90,27 @@ def assert_same_curve(project, one, many, tolerance=1e-4):
         assert (a["val_loss"] is None) == (b["val_loss"] is None)
         if a["val_loss"]:
             assert a["val_loss"] == pytest.approx(b["val_loss"], abs=tolerance)
+
+
+forked = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="no fork after importing torch")
+FIFTY = ["--max_iters=50", "--eval_interval=25", "--log_interval=1"]
+BATCHES = {"even": ["--batch_size=4", "--gradient_accumulation_steps=6"],
+           "uneven": ["--batch_size=2", "--gradient_accumulation_steps=7"]}
+
+
+
+
+@several
+@forked
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_any_number_of_processes_draws_the_same_curve(project, batch, parallel):
+    run = [*FIFTY, *BATCHES[batch], f"--parallel={parallel}"]
+    project.train(*run, "--out_dir=1")
+    for count in (2, 3, 4, 8):
+        written = train_together(count, *run, f"--out_dir={count}")
+        assert written.count("corpus ") == 1 and f"{count} processes" in written
+        assert_same_curve(project, "1", str(count))
 
 
 @several
