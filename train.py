@@ -918,7 +918,8 @@ def load_checkpoint(path):
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save writes a zip file with a checksum of each tensor
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())  # or it could swell
+            # compressed it could swell, and what claims to be a folder torch takes for read with nothing read
+            stored = all(e.compress_type == zipfile.ZIP_STORED and e.external_attr == 0 for e in archive.infolist())
             if not stored or archive.testzip() is not None:
                 raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
