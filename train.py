@@ -591,10 +591,19 @@ def read_meta(s):
             raise ValueError
         if meta["vocab_size"] > 2**bits:
             raise ValueError
+        for split in ("train", "val") if "files" in meta else ():
+            rows = [(shard["name"], shard["tokens"], shard["offset"]) for shard in meta["files"][split]]
+            names, counts, offsets = zip(*rows, strict=True)
+            if not all(type(n) is int and 0 <= n <= 2**53 for n in counts + offsets) or min(counts) == 0:
+                raise ValueError
+            if sum(counts) != meta["tokens"][split]:
+                raise ValueError
+            if not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):  # a path could lead out of the folder
+                raise ValueError
         for key in {"corpus", "note"} & meta.keys():  # shown to people: without what would command their terminal
             meta[key] = "".join(filter(str.isprintable, str(meta[key])))
     except FileNotFoundError:
-        name = "" if s.dataset == "char" else f" --name={s.dataset}"
+        name = dict(char="", fineweb=" fineweb").get(s.dataset, f" --name={s.dataset}")
         raise UserError(f"no data in {folder}: run `python prepare.py{name}` first") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is not a meta.json that prepare.py wrote: run prepare.py again") from None
@@ -602,34 +611,48 @@ def read_meta(s):
 
 
 class Split:
-    """The token ids of one split ("train" or "val"), never loaded whole."""
+    """The token ids of one split ("train" or "val"), never loaded whole: one file or many shards, indexed as one."""
 
     def __init__(self, folder, name, meta):
-        self.path, self.count, self.vocab_size = folder / f"{name}.bin", meta["tokens"][name], meta["vocab_size"]
-        self.dtype = np.dtype(meta["dtype"])
-        try:
-            self.file = open(self.path, "rb")  # held open: a folder replaced under a running job does not reach it
-        except OSError as error:
-            raise UserError(f"cannot read {self.path} ({error.strerror}): run prepare.py again") from None
-        size = os.fstat(self.file.fileno()).st_size
-        if size != self.count * self.dtype.itemsize:
-            raise UserError(f"{self.path} has {size:,} bytes, but its meta.json says {self.count:,} tokens of "
-                            f"{self.dtype.itemsize}: run prepare.py again")
+        self.count, self.vocab_size, self.dtype = meta["tokens"][name], meta["vocab_size"], np.dtype(meta["dtype"])
+        shards = meta["files"][name] if "files" in meta else [dict(name=f"{name}.bin", offset=0, tokens=self.count)]
+        self.path = folder / shards[0]["name"]
+        self.ends = np.cumsum([shard["tokens"] for shard in shards], dtype=np.int64)  # as if all were one file
+        self.shards = []  # (path, open file, byte at which the tokens begin, size)
+        for shard in shards:
+            path, offset = folder / shard["name"], shard["offset"]
+            try:
+                file = open(path, "rb", buffering=0)  # held open: what replaces it does not reach a running job
+            except OSError as error:
+                raise UserError(f"cannot read {path} ({error.strerror}): run prepare.py again") from None
+            size = offset + shard["tokens"] * self.dtype.itemsize
+            self.shards.append((path, file, offset, size))
+            if (found := os.fstat(file.fileno()).st_size) != size:
+                raise UserError(f"{path} has {found:,} bytes, but by its meta.json {size:,}: run prepare.py again")
 
     def read(self, starts, length):
         """Token ids (len(starts), length), int64; positions past the end repeat the last token.
 
         Raises RunFailed for an id beyond the vocabulary, which only a damaged file has.
         """
-        if os.fstat(self.file.fileno()).st_size != self.count * self.dtype.itemsize:
-            raise RunFailed(f"{self.path} has another size than when this run began: prepare it anew, then resume")
         index = np.minimum(starts[:, None] + np.arange(length), self.count - 1)
-        tokens = np.memmap(self.file, self.dtype, "r")[index]  # mapped anew, or all pages ever read would stay resident
-        if tokens.max() >= self.vocab_size:
-            where = index.flat[tokens.argmax()]
-            raise RunFailed(f"{self.path} is damaged: token {where:,} (byte {where * self.dtype.itemsize:,}) is "
-                            f"{tokens.max()}, its vocabulary has {self.vocab_size}: run prepare.py again")
-        return torch.from_numpy(tokens.astype(np.int64))
+        first, last = np.searchsorted(self.ends, index[:, [0, -1]].T, side="right")  # the shards that a row lies in
+        tokens = np.empty(index.shape, np.int64)
+        for i in sorted({i for a, b in zip(first, last, strict=True) for i in range(a, b + 1)}):
+            path, file, offset, size = self.shards[i]
+            if os.fstat(file.fileno()).st_size != size:
+                raise RunFailed(f"{path} has another size than when this run began: prepare it anew, then resume")
+            shard = np.memmap(file, self.dtype, "r", offset)  # mapped anew, or all pages ever read would stay resident
+            rows = (first <= i) & (i <= last)
+            places = index[rows] - (self.ends[i] - len(shard))
+            inside = places.clip(0, len(shard) - 1)  # what lies in the shards before and after is not taken from here
+            found = shard[inside]
+            if found.max() >= self.vocab_size:
+                where = inside.flat[found.argmax()]
+                raise RunFailed(f"{path} is damaged: token {where:,} (byte {offset + where * self.dtype.itemsize:,}) "
+                                f"is {found.max()}, its vocabulary has {self.vocab_size}: run prepare.py again")
+            tokens[rows] = np.where(inside == places, found, tokens[rows])
+        return torch.from_numpy(tokens)
 
 
 def mix(x):
