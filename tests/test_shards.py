@@ -73,8 +73,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub, (folder, _, name) = self.server, self.path.rpartition("/")
+        if folder == "/datasets/kjj0/fineweb10B-gpt2/resolve/main":  # the hub itself holds none of its files
+            self.send_response(302)
+            self.send_header("Location", f"/store/{name}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         hub.asked.append((name, self.headers.get("Range")))
-        if folder != "/datasets/kjj0/fineweb10B-gpt2/resolve/main" or name not in hub.shards:
+        if folder != "/store" or name not in hub.shards:
             return self.send_error(404)
         body, asked = hub.shards[name], re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
@@ -405,7 +410,8 @@ def test_a_hostile_list_of_files_is_refused(project, wrong):
 
 
 @pytest.mark.parametrize("files", [None, 7, [], {}, "train", dict(train=[GOOD]), dict(train=[], val=[]),
-                                   dict(train=7, val=[GOOD]), dict(train=[GOOD, GOOD], val=[GOOD])], ids=repr)
+                                   dict(train=7, val=[GOOD]), dict(train=[GOOD, GOOD], val=[GOOD]),
+                                   dict(train=[GOOD, dict(GOOD, tokens=0)], val=[GOOD])], ids=repr)
 def test_what_is_no_list_of_files_is_refused(project, files):
     dataset(project.path / "data" / "parts", [range(100), range(100)], files=files)
     assert "meta.json" in project.refuse("--dataset=parts")
@@ -416,6 +422,21 @@ def test_a_missing_shard_is_refused_by_name(project):
     (project.path / "data" / "parts" / "part1.bin").unlink()
     line = project.refuse("--dataset=parts")
     assert "part1.bin" in line and "prepare.py" in line
+
+
+def test_the_config_s_arithmetic_is_right():
+    """What the docstring of config/train_gpt2.py estimates follows from its settings."""
+    s = train.override(train.Settings(), [str(ROOT / "config" / "train_gpt2.py")])
+    text = (ROOT / "config" / "train_gpt2.py").read_text(encoding="utf-8")
+    tokens = s.max_iters * s.batch_size * s.gradient_accumulation_steps * s.block_size
+    flops = 6 * 124e6 * tokens
+    hours = flops / (0.4 * 989e12) / 3600
+    assert s.dataset == "fineweb" and s.size == "gpt2"
+    for said in (f"{s.max_iters:,} steps see {tokens / 1e9:.2f} billion tokens", f"{flops:.2e}".replace("e+", "e"),
+                 f"{hours:.1f} hours on one GPU", f"{60 * hours / 8:.0f} minutes on eight", f"${2.5 * hours:.1f} on",
+                 f"--shards={tokens / 1e8:.0f}"):
+        assert said in text
+    assert 2.5e9 - 2 * s.block_size > tokens, "more than an epoch"
 
 
 def test_absent_fineweb_is_asked_for_as_it_is_prepared(project):
