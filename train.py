@@ -1386,6 +1386,10 @@ def train(s, world, checkpoint=None):
     writes = world.rank == 0 and not s.eval_only
     with claim(Path(s.out_dir), anew=checkpoint is None) if writes else nullcontext():
         run = Run(s, meta, world, checkpoint)
+        steps = world.total(torch.tensor(run.progress.step, dtype=torch.float64)).item()
+        if steps != run.progress.step * world.size:
+            raise RunFailed(f"the processes read different checkpoints in out_dir={s.out_dir}: it must be on storage "
+                            "that all machines share")
         announce(s, world, meta, run.model)
         if not s.eval_only:
             return fit(run, splits, s, world)
