@@ -199,10 +199,12 @@ def test_each_process_orthogonalizes_its_share_alone(project, parallel):
 
     run = ["--n_layer=2", "--max_iters=1", f"--parallel={parallel}"]
     for size, expected in ((1, 2 * (3 + 1 + 2)), (2, 3 + 1 + 2), (3, 3 + 1 + 2 * (2 if parallel == "ddp" else 1))):
-        statuses, written = processes(size, *run, patch=count)
+        statuses, written = processes(size, *run, f"--out_dir={size}", patch=count)
         assert statuses == [0] * size, written
         found = [int(line.split()[1]) for line in written.splitlines() if line.startswith("matrices")]
         assert abs(found[-1] - expected) <= (2 if size == 3 else 0), (size, written)
+        for name, weight in project.checkpoint(str(size))["model"].items():  # and the result is that of one
+            assert torch.allclose(weight, project.checkpoint("1")["model"][name], atol=1e-5), name
 
 
 @several
@@ -423,6 +425,25 @@ def test_sigterm_ends_all_processes_with_a_checkpoint(project):
         project.train(*run, "--out_dir=one", status=143)
     for a, b in zip(project.log("one"), project.log()[:20], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+@several
+@forked
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gradients_are_synchronized_once_a_step(project, parallel):
+    """In the last of three passes, whatever a process's share is."""
+    def count(rank):
+        real = train.synchronizing
+
+        def synchronizing(model, world, now):
+            print("now" if now else "later")
+            return real(model, world, now)
+        train.synchronizing = synchronizing
+
+    run = ["--max_iters=1", "--batch_size=2", "--gradient_accumulation_steps=5", f"--parallel={parallel}"]
+    statuses, written = processes(2, *run, patch=count)
+    assert statuses == [0, 0], written
+    assert written.count("later\n") == 4 and written.count("now\n") == 2
 
 
 def test_the_shares_of_all_processes_are_the_whole():
