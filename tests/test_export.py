@@ -29,7 +29,8 @@ TEXT = "abc \u00e9\u20ac\U0001f600\n  the end"
 GPT2_LIKE = dict(position="learned", norm="layernorm", norm_weight=True, bias=True, qk_norm=False,
                  activation="gelu_tanh", tied_head=True)
 LIKE = {"gpt2": {}, "exact gelu": dict(activation="gelu"), "no biases": dict(bias=False),
-        "untied": dict(tied_head=False), "no gains": dict(norm_weight=False), "padded": dict(vocab_multiple=64), "no blocks": dict(n_layer=0)}
+        "untied": dict(tied_head=False),
+        "no gains": dict(norm_weight=False), "padded": dict(vocab_multiple=64), "no blocks": dict(n_layer=0)}
 MODERN = {"defaults": {}, "tied": dict(tied_head=True, vocab_multiple=64), "learned": dict(position="learned"),
           "none": dict(position="none", bias=True, norm_weight=True), "gelu": dict(activation="gelu", qk_norm=False),
           "layernorm": dict(norm="layernorm", norm_weight=True, bias=True), "bigram": dict(n_layer=0)}
@@ -199,7 +200,8 @@ def same_tokens(folder, tokenizer, texts):
     return theirs
 
 
-TEXTS = [TEXT, "a", " ", "\n\n", "  two  spaces ", "e\u0301" * 2, "\u65e5\u672c", "don't, we'll; it's 1234 !?", "\r\n\t"]
+TEXTS = [TEXT, "a", " ", "\n\n", "  two  spaces ", "e\u0301" * 2, "\u65e5\u672c", "don't, we'll; it's 1234 !?",
+         "\r\n\t"]
 
 
 def test_characters_go_along(here):
