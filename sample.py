@@ -412,7 +412,7 @@ def score(s):
     T = model.config.block_size
     show(f"{s.score}: loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.2f}, "
          f"{total / math.log(2) / size:.4f} bits per byte ({count:,} tokens after the first, {size:,} bytes, "
-         f"each token seen after {T - max(1, T // 2) + 1} to {T} others where there are so many)\n")
+         f"each predicted from the {T - max(1, T // 2) + 1} to {T} before it)\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -594,6 +594,7 @@ def export(s):
             (temporary / name).write_text(text, encoding="utf-8", newline="\n")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "model.safetensors",
                   metadata={"format": "pt"})
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # safetensors hides it from others
         if folder.exists():
             folder.rmdir()  # it is empty; Windows would not replace it
         os.replace(temporary, folder)

@@ -920,9 +920,8 @@ def set_aside(out):
 # ----------------------------------------------------------------------------------------------------------------------
 # GPT-2 from files in Hugging Face's layout: the same model with other names, its matrices transposed.
 
-HUB = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
-       "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
-       "distilgpt2": "distilbert/distilgpt2"}
+HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+HUB["distilgpt2"] = "distilbert/distilgpt2"
 GPT2_NAMES = {"blocks.": "h.", "norm1": "ln_1", "norm2": "ln_2", "norm.": "ln_f.", "qkv": "c_attn", "proj": "c_proj",
               "fc": "c_fc", "head": "lm_head"}
 GPT2_CONFIG = {  # what its config.json may say, the default first; whatever else it says does not change the numbers
@@ -998,13 +997,12 @@ def read_gpt2(name):
         for key, known in GPT2_CONFIG.items():
             if theirs[key] not in known and (key, theirs[key]) != ("n_inner", 4 * theirs.get("n_embd", 0)):
                 raise UserError(f"{where}: {key}={str(theirs[key])[:40]} cannot be had here, only {known[0]}")
-        sizes = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head",
-                     n_embd="n_embd")
-        specs = {spec.name: spec for spec in fields(GPTConfig)}
-        config = Settings(**{ours: convert(specs[ours], theirs[key], where) for ours, key in sizes.items()}, bias=True,
-                          activation="gelu" if theirs["activation_function"] == "gelu" else "gelu_tanh",
-                          position="learned", norm="layernorm", norm_weight=True, qk_norm=False, zero_init=False,
-                          tied_head=theirs["tie_word_embeddings"])
+        theirs["block_size"] = theirs["n_positions"]
+        sizes = {spec.name: convert(spec, theirs[spec.name], where) for spec in fields(GPTConfig)
+                 if spec.name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
+        config = Settings(**sizes, activation="gelu" if theirs["activation_function"] == "gelu" else "gelu_tanh",
+                          tied_head=theirs["tie_word_embeddings"], position="learned", norm="layernorm",
+                          norm_weight=True, bias=True, qk_norm=False, zero_init=False)
         check(config)
         model = gpt2_weights(read_tensors(path), config, path)
     except UserError:

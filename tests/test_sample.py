@@ -275,6 +275,22 @@ def test_draws_follow_the_reference_distribution(options):
     assert np.all(abs(counts / n - expected) < 5 * np.sqrt(expected * (1 - expected) / n) + 1e-9)
 
 
+@given(st.integers(0, 10**6), st.sampled_from([0.5, 1.3, 4.0]))
+def test_every_filter_is_transformers_own(seed, strength):
+    process = pytest.importorskip("transformers").generation.logits_process
+    generator = torch.Generator().manual_seed(seed)
+    logits, seen = torch.randn(3, 40, generator=generator), torch.randint(40, (3, 5), generator=generator)
+    p = strength / 5
+    for ours, theirs in (
+        (sample.keep_top_k(logits, 7), process.TopKLogitsWarper(7)),
+        (sample.keep_top_p(logits, p), process.TopPLogitsWarper(p)),
+        (sample.keep_min_p(logits, p), process.MinPLogitsWarper(p)),
+        (sample.penalize_repetition(logits, torch.zeros(3, 40, dtype=torch.bool).scatter(1, seen, True), strength),
+         process.RepetitionPenaltyLogitsProcessor(strength)),
+    ):
+        torch.testing.assert_close(ours, theirs(seen, logits.clone()))
+
+
 @pytest.mark.parametrize("temperature", [0, 1e-300, 1e-30, 1e-5])
 def test_temperature_zero_is_greedy_and_anything_near_it_no_error(temperature):
     logits = torch.tensor([[1.0, 30.0, 2.0], [5.0, 5.0, -100.0]])
