@@ -1053,8 +1053,9 @@ def fit_gpt2(s, checkpoint):
             raise UserError(f"{key}={getattr(s, key)} does not fit init_from={s.init_from}, which has {before[key]}: "
                             "leave it out")
     weights["wpe.weight"] = weights["wpe.weight"][:s.block_size]
-    for key in ("wte.weight", "head.weight"):
-        weights[key] = F.pad(weights[key], (0, 0, 0, -len(weights[key]) % s.vocab_multiple))
+    if missing := -s.vocab_size % s.vocab_multiple:
+        for key in ("wte.weight", "head.weight"):
+            weights[key] = F.pad(weights[key], (0, 0, 0, missing))
     checkpoint["config"] = asdict(s)
 
 

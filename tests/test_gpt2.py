@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -207,6 +208,26 @@ HOSTILE = {
 def test_a_damaged_or_hostile_file_is_one_line(file, data, hub_folder):
     (hub_folder / file).write_bytes(data)
     assert str(hub_folder) in refusal(hub_folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "pytorch_model.bin"])
+def test_whatever_bytes_change_a_file_is_read_or_refused(file, hub_folder):
+    if file == "pytorch_model.bin":
+        as_pickle(hub_folder, zipped=False)
+    path, draw = hub_folder / file, random.Random(1)
+    good, refused = path.read_bytes(), 0
+    for _ in range(150):
+        data = bytearray(good[:draw.choice([len(good), draw.randrange(len(good))])])
+        for _ in range(draw.randrange(4)):  # near the beginning, where the structure is
+            where = draw.randrange(max(1, min(len(data), 2000)))
+            data[where:where + 1] = bytes([draw.randrange(256)])
+        path.write_bytes(data)
+        try:
+            train.model_from_checkpoint(train.read_gpt2(str(hub_folder)))
+        except train.UserError as error:
+            assert len(str(error)) < 1000
+            refused += 1
+    assert 20 < refused
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -445,6 +466,16 @@ def test_frozen_blocks_also_go_with_a_new_model_and_cannot_be_changed_on_resume(
     assert len(project.checkpoint()["optimizer"]) == 1
     project.train(*run, "--init_from=resume", "--max_iters=5")
     assert "train_last=2" in project.refuse("--n_layer=2", "--tied_head", "--init_from=resume", "--train_last=2")
+
+
+def test_what_is_frozen_takes_no_memory_but_its_own():
+    def gib(*argv):
+        s = train.override(train.Settings(), [str(ROOT / "config" / "gpt2.py"), "--vocab_size=50257", *argv])
+        return float(re.search(r"take ([\d.]+) GiB", train.out_of_memory(s))[1])
+
+    block = 12 * 768**2 + 13 * 768
+    assert gib() == pytest.approx(16 * 124_439_808 / 2**30, abs=0.01)
+    assert gib("--train_last=2") == pytest.approx((4 * 124_439_808 + 12 * 2 * block) / 2**30, abs=0.01)
 
 
 @pytest.mark.slow
