@@ -26,6 +26,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -973,7 +974,9 @@ def read_tensors(path):
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
             if not stored or archive.testzip() is not None:
                 raise ValueError("wrong checksum")
-    tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of strange pickles: they are refused, or read all the same
+        tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
     if sum(tensor.nbytes for tensor in tensors.values()) > 2 * path.stat().st_size:
         raise ValueError("views that claim more than there is")
     return tensors
@@ -1010,8 +1013,9 @@ def read_gpt2(name):
     except OSError as error:
         raise UserError(f"init_from={name}: cannot read {error.filename or path}: {error.strerror or error}") from None
     except Exception as error:  # json, safetensors, zipfile and torch.load raise many kinds for what is hostile
+        reason = f"{type(error).__name__}: {' '.join(str(error).split('. ')[0].split())[:100]}"
         raise UserError(f"init_from={name}: {path} and config.json are damaged, or not GPT-2 in Hugging Face's layout "
-                        f"({type(error).__name__}: {' '.join(str(error).split())[:100]}); nothing was run") from None
+                        f"({reason}); nothing was run") from None
     tokenizer = theirs.get("tokenizer_spec", dict(kind="tiktoken", encoding="gpt2"))  # sample.py --export notes it
     return dict(format=1, step=0, config=asdict(config), tokenizer=tokenizer, model=model)
 

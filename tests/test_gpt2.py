@@ -211,7 +211,7 @@ def test_a_damaged_or_hostile_file_is_one_line(file, data, hub_folder):
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "pytorch_model.bin"])
-def test_whatever_bytes_change_a_file_is_read_or_refused(file, hub_folder):
+def test_whatever_bytes_change_a_file_is_read_or_refused(file, hub_folder, recwarn):
     if file == "pytorch_model.bin":
         as_pickle(hub_folder, zipped=False)
     path, draw = hub_folder / file, random.Random(1)
@@ -227,7 +227,7 @@ def test_whatever_bytes_change_a_file_is_read_or_refused(file, hub_folder):
         except train.UserError as error:
             assert len(str(error)) < 1000
             refused += 1
-    assert 20 < refused
+    assert 20 < refused and not recwarn.list
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -124,6 +124,13 @@ MODELS = [
 ]
 
 
+def test_every_choice_of_a_model_setting_is_among_them():
+    for setting in fields(train.GPTConfig):
+        kind = type(setting.default)
+        choices = setting.metadata["choices"] or ([True] if kind is bool and setting.name != "zero_init" else [])
+        assert set(choices) <= {config.get(setting.name) for config in MODELS}, setting.name
+
+
 @pytest.mark.parametrize("config", MODELS, ids=lambda config: "-".join(map(str, config.values())))
 def test_greedy_text_with_the_cache_equals_greedy_text_without_it(config):
     model = random_model(**config)
