@@ -999,7 +999,8 @@ def read_gpt2(name):
         theirs = {key: known[0] for key, known in GPT2_CONFIG.items()} | json.loads(where.read_text(encoding="utf-8"))
         for key, known in GPT2_CONFIG.items():
             if theirs[key] not in known and (key, theirs[key]) != ("n_inner", 4 * theirs.get("n_embd", 0)):
-                raise UserError(f"{where}: {key}={str(theirs[key])[:40]} cannot be had here, only {known[0]}")
+                raise UserError(f"{where}: {key}={str(theirs[key])[:40]} cannot be had here, only "
+                                f"{' or '.join(map(str, known))}")
         theirs["block_size"] = theirs["n_positions"]
         sizes = {spec.name: convert(spec, theirs[spec.name], where) for spec in fields(GPTConfig)
                  if spec.name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}

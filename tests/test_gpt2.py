@@ -2,6 +2,7 @@
 
 Every model here is made on the spot, and the hub is a server on this machine.
 """
+import doctest
 import hashlib
 import http.server
 import json
@@ -554,3 +555,13 @@ def test_a_checkpoint_and_gpt2_at_once_are_refused(capsys):
     for argv in (["--init_from=scratch"], ["--init_from=gpt2", "--ckpt=out/best.pt"]):
         assert sample.main(argv) == 2
         assert "--ckpt=PATH" in capsys.readouterr().err
+
+
+def test_the_architecture_written_out_agrees_with_the_files(words):
+    words.train(*FINETUNE, str(ROOT / "config" / "gpt2.py"), "--dataset=words", "--n_layer=2", "--n_head=2",
+                "--n_embd=32", "--block_size=16", "--max_iters=1", "--batch_size=2", "--warmup_iters=0")
+    assert words.log()[0]["step"] == 0
+
+
+def test_the_examples_in_docstrings_hold():
+    assert doctest.testmod(train).failed == 0
