@@ -5,9 +5,11 @@
     python prepare.py notes/ diary.txt --name=mine       your own files and folders, into data/mine/
     python prepare.py tinystories --tokenizer=gpt2       a known corpus, downloaded once (--help lists them)
     python prepare.py https://example.org/book.txt.gz    anything that a URL points at
+    python prepare.py fineweb --shards=25                2.5 billion tokens of the web, ready-made, into data/fineweb/
 
 Each makes data/NAME/ with train.bin and val.bin, headerless token ids in the smallest of uint8, uint16 and uint32 that
 holds the vocabulary, and meta.json, which says what they hold and how to decode them. NAME defaults to the tokenizer's.
+fineweb is tokenized already: its shards are checked and kept as they come, and meta.json lists them.
 
 The text is streamed twice, so its size does not matter: the first pass counts characters and finds the alphabet, the
 second encodes. What is written appears under data/NAME/ all at once, or not at all.
@@ -33,7 +35,7 @@ import time
 import zipfile
 import zlib
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from fractions import Fraction
 from functools import cached_property, partial
 from pathlib import Path
@@ -70,12 +72,18 @@ CORPORA = {
         "TinyStories, 2.2 GB of small children's stories written by GPT-4",
         "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
     ),
+    "fineweb": Corpus(
+        "the web in GPT-2 tokens: --shards=N (1 to 103) of 100 million, 0.2 GB each, and one to validate",
+        "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2",
+    ),
     "enwik8": Corpus("the first 100 MB of a Wikipedia dump, markup included", "http://mattmahoney.net/dc/enwik8.zip"),
 }
 
 DATA = Path("data")  # in the current directory, as train.py has it
 DOWNLOADS = DATA / "downloads"
 BINS = ("train.bin", "val.bin", "meta.json")  # all that a folder of ours holds
+SHARDS = ("fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, 104)))
+SHARD_HEADER, SHARD_BYTES = 1024, 200_001_024  # 256 int32; and about what a whole shard has
 EOT = "<|endoftext|>"
 CHUNK = 1 << 18  # bytes read and encoded at a time
 OFFLINE_SECONDS = 13.0  # the quick start waits this long for Shakespeare before it goes on with pydocs
@@ -97,36 +105,29 @@ def bounded(seconds: float, function, *args):
 
     DNS look-ups and tiktoken's own downloads take no time limit. The thread left behind dies with the process.
     """
-    outcome = []
+    future, end = Future(), time.monotonic() + seconds
 
     def run():
         try:
-            outcome.append((function(*args), None))
+            future.set_result(function(*args))
         except BaseException as error:
-            outcome.append((None, error))
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    end = time.monotonic() + seconds
-    while thread.is_alive() and time.monotonic() < end:
-        thread.join(0.1)  # short, because Windows delivers Ctrl-C only between waits
-    if not outcome:
+    threading.Thread(target=run, daemon=True).start()
+    while not future.done() and time.monotonic() < end:
+        wait([future], 0.1)  # short, because Windows delivers Ctrl-C only between waits
+    if not future.done():
         raise TimeoutError(f"no answer within {seconds:.0f} seconds")
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
+    return future.result()
 
 
-NETWORK_SIGNS = {  # a part of what requests raises -> what it means to a person
-    "NameResolution": "the name {} could not be looked up",
-    "getaddrinfo": "the name {} could not be looked up",
+NETWORK_SIGNS = {  # a pattern in what requests raises -> what it means to a person
+    "NameResolution|getaddrinfo": "the name {} could not be looked up",
     "ProxyError": "the proxy on the way to {} could not be used",
     "refused": "{} refused the connection",
     "ConnectTimeout": "{} did not answer",
     "ead timed out": "{} stopped answering",
-    "IncompleteRead": "{} ended the connection too early",
-    "Connection aborted": "{} broke off the connection",
+    "IncompleteRead|Connection aborted": "{} broke off the connection",
     "SSLError": "the certificate of {} was not accepted",
 }
 
@@ -137,7 +138,7 @@ def network_reason(error: Exception) -> str:
     host = (urlsplit(url).hostname if url else None) or "the server"
     text = f"{type(error).__name__}: {error}"
     for sign, meaning in NETWORK_SIGNS.items():
-        if sign in text:
+        if re.search(sign, text):
             return meaning.format(host)
     return re.sub(r"<[^<>]* at 0x\w+>:? ?", "", text)[:200]
 
@@ -305,8 +306,7 @@ BOUNDARY = re.compile(rf"(?<=\S)(?=[ \t])|(?<={LETTER})(?=[\r\n.,:;!?()<=+/ã€‚ã€
 def last_boundary(text: str) -> int:
     """The index of the last BOUNDARY in text, 0 if it has none: last_boundary("to be") -> 2"""
     for width in (4096, len(text)):  # nearly always there is one near the end
-        found = [match.start() for match in BOUNDARY.finditer(text, max(0, len(text) - width))]
-        if found:
+        if found := [match.start() for match in BOUNDARY.finditer(text, max(0, len(text) - width))]:
             return found[-1]
     return 0
 
@@ -565,17 +565,8 @@ def find_source(text: str) -> Source:
     """
     if text in CORPORA:
         return known_corpus(text)
-    scheme, colon, _ = text.partition("://")
-    if colon:
-        if scheme.lower() not in ("http", "https"):
-            raise UserError(f"{text} cannot be fetched: only http:// and https:// can; for a local file give its path")
-        try:
-            parts = urlsplit(text)
-            if not parts.hostname:
-                raise ValueError("it names no host")
-        except ValueError as error:
-            raise UserError(f"{text} is not a URL: {error}") from None
-        path = fetch(text)
+    if "://" in text:
+        parts, path = checked_url(text), fetch(text)
         shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # a password stays out of meta.json
         return Source(path.name.partition("-")[2], shown, documents_in(path))
     path = Path(text)
@@ -584,6 +575,19 @@ def find_source(text: str) -> Source:
         raise UserError(f"there is no file, folder or known corpus {text!r}{hint}")
     name = Path(os.path.abspath(path)).name or text
     return Source(name, name, documents_in(path))
+
+
+def checked_url(url: str):
+    """The parts of a URL. Raises UserError where it is none that fetch() could take."""
+    if url.partition("://")[0].lower() not in ("http", "https"):
+        raise UserError(f"{url} cannot be fetched: only http:// and https:// can; for a local file give its path")
+    try:
+        parts = urlsplit(url)
+        if not parts.hostname:
+            raise ValueError("it names no host")
+        return parts
+    except ValueError as error:
+        raise UserError(f"{url} is not a URL: {error}") from None
 
 
 def known_corpus(name: str, deadline: float = math.inf) -> Source:
@@ -868,14 +872,14 @@ def siblings(target: Path) -> tuple[Path, Path]:
     return target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
 
 
-def target_folder(name: str) -> Path:
+def target_folder(name: str, ours=BINS) -> Path:
     """data/NAME. Raises UserError for a name that could lie elsewhere, and for a folder with other files than ours."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name.endswith(".") or name.lower() == DOWNLOADS.name:
         raise UserError(f"--name={name} cannot name a folder in data/; use letters, digits, - and _, as in --name=mine")
     target = DATA / name
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UserError(f"{target} is not a folder; move it away, or choose another --name")
-    if target.is_dir() and (others := sorted(set(os.listdir(target)) - set(BINS))):
+    if target.is_dir() and (others := sorted(set(os.listdir(target)) - set(ours))):
         raise UserError(f"{target} holds {others[0]!r}, which would be lost; move it away, or choose another --name")
     return target
 
@@ -925,6 +929,14 @@ def sync_folder(folder: Path):
             os.close(handle)
 
 
+def write_json(path: Path, meta: dict):
+    # backslashreplace: a file name that is no Unicode becomes \udcXX, which is how JSON writes it anyway
+    text = json.dumps(meta, ensure_ascii=False, indent=2) + "\n"
+    with open(path, "wb") as file:
+        file.write(text.encode("utf-8", errors="backslashreplace"))
+        sync(file)
+
+
 def build(target: Path, documents: list[Document], tokenizer, found: Survey, n_train: int, facts: dict) -> dict:
     """Write the data folder and return its meta.json, which is facts and what the second pass counted."""
     new, _ = siblings(target)
@@ -934,15 +946,98 @@ def build(target: Path, documents: list[Document], tokenizer, found: Survey, n_t
             new.mkdir()
             tokens, sizes = write_bins(new, joined(documents, tokenizer), tokenizer, found, n_train)
             meta = facts | {"tokens": tokens, "bytes": sizes}
-            # backslashreplace: a file name that is no Unicode becomes \udcXX, which is how JSON writes it anyway
-            text = json.dumps(meta, ensure_ascii=False, indent=2) + "\n"
-            with open(new / "meta.json", "wb") as file:
-                file.write(text.encode("utf-8", errors="backslashreplace"))
-                sync(file)
+            write_json(new / "meta.json", meta)
             swap_in(target)
         finally:
             shutil.rmtree(new, ignore_errors=True)
     return meta
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FineWeb: shards of GPT-2 tokens, each checked before it gets its place in the data folder
+
+
+def shard_facts(path: Path, lengths: np.ndarray) -> dict:
+    """What meta.json says of a shard. lengths: each token's in bytes. Raises ValueError for what is no whole shard."""
+    with open(path, "rb") as file:
+        header, size = file.read(SHARD_HEADER), os.fstat(file.fileno()).st_size
+        magic, version, count = np.frombuffer(header.ljust(SHARD_HEADER, b"\0"), "<i4")[:3].tolist()
+        if (magic, version) != (20240520, 1):
+            raise ValueError(f"its magic number and version are {magic} and {version}, not 20240520 and 1")
+        if size != SHARD_HEADER + 2 * count or count < 1:
+            raise ValueError(f"its header counts {count:,} tokens, which its {size:,} bytes do not hold exactly")
+        digest, text = hashlib.sha256(header), 0
+        while chunk := file.read(1 << 22):
+            ids = np.frombuffer(chunk, "<u2")
+            if ids.max() >= len(lengths):
+                raise ValueError(f"it has a token {ids.max()}, and the vocabulary {len(lengths):,}")
+            digest.update(chunk)
+            text += int(lengths.take(ids).sum(dtype=np.int64))
+    return {"offset": SHARD_HEADER, "tokens": count, "bytes": text, "sha256": digest.hexdigest()}
+
+
+def install_shard(place: Path, url: str, lengths: np.ndarray, sha256: str | None) -> dict:
+    """Have the whole shard at place, from url unless it is there already. Returns its facts. Raises UserError."""
+    if place.exists():
+        try:
+            facts = shard_facts(place, lengths)
+            if sha256 in (None, facts["sha256"]):
+                return facts
+            raise ValueError(f"its SHA-256 is {facts['sha256']}, and was {sha256}")
+        except ValueError as error:
+            print(f"{place} is damaged: {error}; it is downloaded again", flush=True)
+    arrived = fetch(url)
+    try:
+        facts = shard_facts(arrived, lengths)
+    except ValueError as error:
+        arrived.unlink()
+        raise UserError(f"{url}: {error}; it was deleted: run the command again, it goes on from here") from None
+    place.parent.mkdir(exist_ok=True)
+    os.replace(arrived, place)
+    return facts
+
+
+def prepare_fineweb(args: argparse.Namespace):
+    """Bring data/fineweb/ to the shards asked for. Raises UserError, and then its meta.json is what it was before."""
+    if args.sources != ["fineweb"]:
+        raise UserError("fineweb comes in shards of tokens, to which no other source can be joined: prepare it alone")
+    if args.tokenizer not in (None, "gpt2"):
+        raise UserError(f"--tokenizer={args.tokenizer}: fineweb comes in the tokens of gpt2; leave it out")
+    if args.val_fraction is not None:
+        raise UserError(f"--val_fraction={args.val_fraction}: fineweb has a shard for validation; leave it out")
+    if args.shards is not None and not (re.fullmatch("[0-9]{1,3}", args.shards) and 0 < int(args.shards) < len(SHARDS)):
+        raise UserError(f"--shards={args.shards[:20]} is not a number from 1 to {len(SHARDS) - 1}; try --shards=1")
+    target = target_folder("fineweb" if args.name is None else args.name, ("meta.json", *SHARDS))
+    tokenizer = BPETokenizer("gpt2")
+    lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)], np.uint8)
+    source = CORPORA["fineweb"].url
+    mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    hub = checked_url(source.replace("https://huggingface.co", mirror) if mirror else source).geturl()
+    with exclusive(target.with_name(f".{target.name}.lock"), f"another prepare.py is writing {target}; wait for it"):
+        recover(target)
+        known = {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # a meta.json not of ours
+            files = json.loads((target / "meta.json").read_text(encoding="utf-8"))["files"]
+            known = {shard["name"]: shard["sha256"] for split in ("val", "train") for shard in files[split]}
+        names = SHARDS[: 1 + int(args.shards or max(1, len(known) - 1))]
+        missing = SHARD_BYTES * sum(not (target / name).exists() for name in names)
+        if (free := shutil.disk_usage(DATA).free) < missing - SHARD_BYTES:
+            sizes = f"{missing / 1e9:.1f} GB more, but {DATA} has {free / 1e9:.1f} GB free"
+            raise UserError(f"{len(names)} shards take {sizes}: make room, or give a lower --shards")
+        facts = []
+        for name in names:
+            url = f"{hub}/resolve/main/{name}"
+            facts.append({"name": name} | install_shard(target / name, url, lengths, known.get(name)))
+            print(f"{target / name}: {facts[-1]['tokens']:,} tokens, checked", flush=True)
+        files = {"train": facts[1:], "val": facts[:1]}
+        sums = {key: {split: sum(f[key] for f in files[split]) for split in files} for key in ("tokens", "bytes")}
+        meta = {"format": 1, "corpus": "fineweb", "source": [source], "tokenizer": tokenizer.spec}
+        meta |= {"vocab_size": tokenizer.vocab_size, "dtype": "uint16", **sums, "files": files}
+        sync_folder(target)  # so that the shards' names are on the disk before the list of them
+        write_json(new := target.with_name(f".{target.name}.json"), meta)
+        os.replace(new, target / "meta.json")
+    print(f"{target}: {sums['tokens']['train']:,} training and {sums['tokens']['val']:,} validation tokens of gpt2")
+    print(f"next: python train.py config/train_gpt2.py --dataset={target.name}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -970,23 +1065,22 @@ def parse(argv) -> argparse.Namespace:
     kinds = "text in UTF-8, .gz, .zip, .xml (the text of a TEI body)"
     sources = f"a known corpus, a URL, files and folders: {kinds}; several are several documents (default: shakespeare)"
     tokenizers = "char, byte (takes any file), or one of tiktoken's: gpt2, r50k_base, cl100k_base, o200k_base, ..."
-    fraction = "how much of the text, from its end and by characters, is for validation (default: %(default)s)"
+    fraction = "how much of the text, from its end and by characters, is for validation (default: 0.1)"
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help=sources)
-    parser.add_argument("--tokenizer", default="char", help=f"{tokenizers} (default: %(default)s)")
+    shards = "how many of fineweb's training shards, beside one for validation (default: 1, or as many as are there)"
+    parser.add_argument("--tokenizer", help=f"{tokenizers} (default: char)")
     parser.add_argument("--name", help="the folder in data/ to make (default: the tokenizer's name)")
-    parser.add_argument("--val_fraction", default="0.1", help=fraction)
+    parser.add_argument("--val_fraction", help=fraction)
+    parser.add_argument("--shards", help=shards)
     return parser.parse_args(argv)
 
 
 def val_fraction_of(text: str) -> Fraction:
     """The decimal that was typed, exactly: "0.1" -> 1/10. Raises UserError unless it is between 0 and 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise UserError(f"--val_fraction={text} is not a number between 0 and 1; try --val_fraction=0.1")
-    return Fraction(str(value))
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return Fraction(str(float(text)))
+    raise UserError(f"--val_fraction={text} is not a number between 0 and 1; try --val_fraction=0.1")
 
 
 def tokenizer_named(name: str):
@@ -1047,7 +1141,13 @@ def main(argv=None) -> int:
             stream.reconfigure(errors="backslashreplace")  # no name of a file is worth a UnicodeEncodeError
     try:
         args = parse(argv)
-        prepare(args.sources, args.tokenizer, args.name, val_fraction_of(args.val_fraction))
+        if "fineweb" in args.sources:
+            prepare_fineweb(args)
+        elif args.shards is not None:
+            raise UserError(f"--shards={args.shards[:20]} is for fineweb alone: python prepare.py fineweb --shards=1")
+        else:
+            tokenizer, fraction = ("char" if args.tokenizer is None else args.tokenizer), args.val_fraction
+            prepare(args.sources, tokenizer, args.name, val_fraction_of("0.1" if fraction is None else fraction))
         return 0
     except UserError as error:
         message, status = str(error), 2

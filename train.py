@@ -17,6 +17,7 @@ import time
 LAUNCHED = time.time()  # before the slow imports, because the time a user waits begins here
 
 import ast
+import contextlib
 import difflib
 import errno
 import json
@@ -26,6 +27,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 import zipfile
 from contextlib import nullcontext
@@ -37,6 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: each declared once, with its type, default and reason; files and flags override them from left to right.
@@ -89,6 +92,7 @@ class GPTConfig:
     activation: str = setting("relu2", "the MLP's nonlinearity", ("relu2", "gelu", "gelu_tanh"))
     tied_head: bool = setting(False, "share the head's weight with the token embedding")
     zero_init: bool = setting(True, "projections into the residual stream, and an untied head, start at zero")
+    recompute: bool = setting(False, "compute a block's activations again for its gradient: less memory, more time")
 
 
 @dataclass
@@ -133,6 +137,8 @@ class Settings(GPTConfig):
     device: str = setting("auto", "auto takes cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the matrix products; auto is bfloat16 where the hardware multiplies it natively",
                          ("auto", "float32", "bfloat16", "float16"))
+    parallel: str = setting("ddp", "each process holds the whole model, or, fully sharded, its part of every tensor",
+                            ("ddp", "fsdp"))
     compile: str = setting("auto", "torch.compile; auto where it pays back within the run", ("auto", "True", "False"))
     deterministic: bool = setting(False, "bitwise equal runs on GPUs too, at some cost in speed; CPU runs always are")
     seed: int = setting(1337, "of the weights, the batches and the dropout", least=0)
@@ -455,9 +461,14 @@ class GPT(nn.Module):
         if self.config.position == "rope":
             rotation = [t.to(x.dtype) for t in rotary(positions, self.config.n_embd // self.config.n_head)]
         for block in self.blocks:
-            x = block(x, rotation, cache)
+            if self.config.recompute and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, rotation, cache, use_reentrant=False)
+            else:
+                x = block(x, rotation, cache)
         x = self.norm(x if cache is None else x[:, -1:])
-        logits = self.head(x)[..., :self.config.vocab_size].float()  # padding rows end here and are never drawn
+        logits = self.head(x).float()
+        if logits.shape[-1] > self.config.vocab_size:
+            logits = logits[..., :self.config.vocab_size]  # padding rows end here and are never drawn
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 
@@ -500,7 +511,8 @@ class Muon(torch.optim.Optimizer):
 
     The scale 0.2 * sqrt(max(rows, columns)) and the decoupled weight decay are Liu et al.'s 2025, arXiv 2502.16982,
     so that one learning rate serves Muon and AdamW. A group's `chunks` says how many matrices lie stacked in each
-    of its parameters (3 for queries, keys and values). Matrices of one shape are orthogonalized together.
+    of its parameters (3 for queries, keys and values). Matrices of one shape are orthogonalized together, and shared
+    out over the processes.
     """
 
     def __init__(self, params, lr=1e-2, momentum=0.95, weight_decay=0.1, chunks=1, dtype=torch.float32):
@@ -509,7 +521,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        stacks = {}  # (rows, columns), rows <= columns -> [(matrix, its update, group)]
+        alike = {}  # (shape up to transposition, chunks) -> [(parameter, its update, group)]
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
@@ -519,15 +531,36 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, means, group["momentum"])
             for p, update in zip(params, updates, strict=True):
-                for m, u in zip(p.chunk(group["chunks"]), update.chunk(group["chunks"]), strict=True):
-                    flip = m.shape[0] > m.shape[1]
-                    m, u = (m.mT, u.mT) if flip else (m, u)
-                    stacks.setdefault(tuple(m.shape), []).append((m, u, group))
-        for shape, entries in stacks.items():
-            updates = orthogonalize(torch.stack([u for _, u, _ in entries]), self.dtype)
-            for (m, _, group), update in zip(entries, updates, strict=True):
-                m.mul_(1 - group["lr"] * group["weight_decay"])
-                m.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                key = *sorted((p.shape[0] // group["chunks"], p.shape[1])), group["chunks"]
+                alike.setdefault(key, []).append((p, update, group))
+        for (_, longer, chunks), entries in alike.items():
+            at_once = dist.get_world_size() if is_sharded(entries[0][0]) else len(entries)  # whole, each takes memory
+            for first in range(0, len(entries), at_once):
+                some = entries[first:first + at_once]
+                updates = orthogonalize_together([whole(update) for _, update, _ in some], chunks, self.dtype)
+                for (p, _, group), update in zip(some, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(laid_out_like(p, update), alpha=-group["lr"] * 0.2 * math.sqrt(longer))
+
+
+def orthogonalize_together(updates, chunks, dtype):
+    """Orthogonalize `chunks` matrices stacked in each of `updates`, alike up to transposition: a list like it.
+
+    Every process has all the updates, orthogonalizes its share and gathers the others'.
+    """
+    size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    each = -(-len(updates) // size)
+    stacks = [u.view(chunks, -1, u.shape[1]) for u in updates]
+    stacks = [s.mT if s.shape[1] > s.shape[2] else s for s in stacks]
+    mine = stacks[rank * each:(rank + 1) * each]
+    mine += [torch.zeros_like(stacks[0])] * (each - len(mine))  # the last share may be short
+    done = orthogonalize(torch.cat(mine), dtype)
+    if size > 1:
+        parts = [torch.empty_like(done) for _ in range(size)]
+        dist.all_gather(parts, done.contiguous())
+        done = torch.cat(parts)
+    return [(d if u.shape[0] // chunks == d.shape[1] else d.mT).reshape(u.shape)
+            for u, d in zip(updates, done.split(chunks), strict=False)]
 
 
 def freeze(model, train_last):
@@ -573,10 +606,19 @@ def read_meta(s):
             raise ValueError
         if meta["vocab_size"] > 2**bits:
             raise ValueError
+        for split in ("train", "val") if "files" in meta else ():
+            rows = [(shard["name"], shard["tokens"], shard["offset"]) for shard in meta["files"][split]]
+            names, counts, offsets = zip(*rows, strict=True)
+            if not all(type(n) is int and 0 <= n <= 2**53 for n in counts + offsets) or min(counts) == 0:
+                raise ValueError
+            if sum(counts) != meta["tokens"][split]:
+                raise ValueError
+            if not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):  # a path could lead out of the folder
+                raise ValueError
         for key in {"corpus", "note"} & meta.keys():  # shown to people: without what would command their terminal
             meta[key] = "".join(filter(str.isprintable, str(meta[key])))
     except FileNotFoundError:
-        name = "" if s.dataset == "char" else f" --name={s.dataset}"
+        name = dict(char="", fineweb=" fineweb").get(s.dataset, f" --name={s.dataset}")
         raise UserError(f"no data in {folder}: run `python prepare.py{name}` first") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is not a meta.json that prepare.py wrote: run prepare.py again") from None
@@ -584,34 +626,48 @@ def read_meta(s):
 
 
 class Split:
-    """The token ids of one split ("train" or "val"), never loaded whole."""
+    """The token ids of one split ("train" or "val"), never loaded whole: one file or many shards, indexed as one."""
 
     def __init__(self, folder, name, meta):
-        self.path, self.count, self.vocab_size = folder / f"{name}.bin", meta["tokens"][name], meta["vocab_size"]
-        self.dtype = np.dtype(meta["dtype"])
-        try:
-            self.file = open(self.path, "rb")  # held open: a folder replaced under a running job does not reach it
-        except OSError as error:
-            raise UserError(f"cannot read {self.path} ({error.strerror}): run prepare.py again") from None
-        size = os.fstat(self.file.fileno()).st_size
-        if size != self.count * self.dtype.itemsize:
-            raise UserError(f"{self.path} has {size:,} bytes, but its meta.json says {self.count:,} tokens of "
-                            f"{self.dtype.itemsize}: run prepare.py again")
+        self.count, self.vocab_size, self.dtype = meta["tokens"][name], meta["vocab_size"], np.dtype(meta["dtype"])
+        shards = meta["files"][name] if "files" in meta else [dict(name=f"{name}.bin", offset=0, tokens=self.count)]
+        self.path = folder / shards[0]["name"]
+        self.ends = np.cumsum([shard["tokens"] for shard in shards], dtype=np.int64)  # as if all were one file
+        self.shards = []  # (path, open file, byte at which the tokens begin, size)
+        for shard in shards:
+            path, offset = folder / shard["name"], shard["offset"]
+            try:
+                file = open(path, "rb", buffering=0)  # held open: what replaces it does not reach a running job
+            except OSError as error:
+                raise UserError(f"cannot read {path} ({error.strerror}): run prepare.py again") from None
+            size = offset + shard["tokens"] * self.dtype.itemsize
+            self.shards.append((path, file, offset, size))
+            if (found := os.fstat(file.fileno()).st_size) != size:
+                raise UserError(f"{path} has {found:,} bytes, but by its meta.json {size:,}: run prepare.py again")
 
     def read(self, starts, length):
         """Token ids (len(starts), length), int64; positions past the end repeat the last token.
 
         Raises RunFailed for an id beyond the vocabulary, which only a damaged file has.
         """
-        if os.fstat(self.file.fileno()).st_size != self.count * self.dtype.itemsize:
-            raise RunFailed(f"{self.path} has another size than when this run began: prepare it anew, then resume")
         index = np.minimum(starts[:, None] + np.arange(length), self.count - 1)
-        tokens = np.memmap(self.file, self.dtype, "r")[index]  # mapped anew, or all pages ever read would stay resident
-        if tokens.max() >= self.vocab_size:
-            where = index.flat[tokens.argmax()]
-            raise RunFailed(f"{self.path} is damaged: token {where:,} (byte {where * self.dtype.itemsize:,}) is "
-                            f"{tokens.max()}, its vocabulary has {self.vocab_size}: run prepare.py again")
-        return torch.from_numpy(tokens.astype(np.int64))
+        first, last = np.searchsorted(self.ends, index[:, [0, -1]].T, side="right")  # the shards that a row lies in
+        tokens = np.empty(index.shape, np.int64)
+        for i in sorted({i for a, b in zip(first, last, strict=True) for i in range(a, b + 1)}):
+            path, file, offset, size = self.shards[i]
+            if os.fstat(file.fileno()).st_size != size:
+                raise RunFailed(f"{path} has another size than when this run began: prepare it anew, then resume")
+            shard = np.memmap(file, self.dtype, "r", offset)  # mapped anew, or all pages ever read would stay resident
+            rows = (first <= i) & (i <= last)
+            places = index[rows] - (self.ends[i] - len(shard))
+            inside = places.clip(0, len(shard) - 1)  # what lies in the shards before and after is not taken from here
+            found = shard[inside]
+            if found.max() >= self.vocab_size:
+                where = inside.flat[found.argmax()]
+                raise RunFailed(f"{path} is damaged: token {where:,} (byte {offset + where * self.dtype.itemsize:,}) "
+                                f"is {found.max()}, its vocabulary has {self.vocab_size}: run prepare.py again")
+            tokens[rows] = np.where(inside == places, found, tokens[rows])
+        return torch.from_numpy(tokens)
 
 
 def mix(x):
@@ -674,10 +730,12 @@ def training_batch(split, s, first, count, device):
 
 @dataclass
 class World:
-    """This process's place among all: rank of size, and its device."""
+    """This process's place among all: rank of size, its device, and the key-value store that torchrun shares."""
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    store: object = None
+    ended: threading.Event = field(default_factory=threading.Event)
 
     def share(self, first, count):
         """The range of items first .. first + count - 1 that falls to this process."""
@@ -697,6 +755,34 @@ class World:
     def any(self, *flags):
         """For each flag, whether it is true in any process."""
         return [count > 0 for count in self.total(torch.tensor(flags, dtype=torch.float32)).tolist()]
+
+    def fail(self, text):
+        """Say on stderr why the run stops: once on each machine, and the reason of the process that failed first."""
+        machine, first = os.environ.get("GROUP_RANK", "0"), f"process {self.rank}: {text}"
+        try:
+            first = self.store.compare_set("failure", "", first).decode()
+            if self.store.add(f"failure was said on {machine}", 1) > 1:
+                return
+        except RuntimeError:
+            pass  # the process that held the store is gone
+        tell(f"train.py: {first}", "stderr")
+
+    def watch(self):
+        """End this process soon after another failed, also where it waits for that one and would wait for long."""
+        with contextlib.suppress(RuntimeError):  # the process that held the store is gone
+            while not self.store.check(["failure"]):
+                if self.ended.wait(1):
+                    return
+        if not self.ended.wait(5):  # by then the wait has ended with an error of its own, most often
+            self.fail("lost the process that the others meet at")
+            os._exit(1)
+
+    def leave(self):
+        """Part from the other processes, when all went well."""
+        if self.store:
+            self.ended.set()
+            self.watcher.join()
+            dist.destroy_process_group()
 
 
 def join_world(s):
@@ -725,13 +811,17 @@ def join_world(s):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TensorFloat-32 where float32 is asked for
+    world = World(rank, size, device)
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://"))
         # torchrun keeps one store over its restarts, in which the dead processes' addresses still stand
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return World(rank, size, device)
+        world.store = store
+        world.watcher = threading.Thread(target=world.watch, daemon=True)
+        world.watcher.start()
+    return world
 
 
 def choose_dtype(s, device):
@@ -784,6 +874,45 @@ def compile_model(model, s):
     return fast
 
 
+def shard(model, world):
+    """Let each process hold only its part of every tensor (FSDP2); they are gathered block by block where used."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is changed in place here
+    dtype = None if model.compute_dtype == torch.float32 else model.compute_dtype
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def is_sharded(x):
+    """Whether this process holds only a part of tensor x."""
+    return hasattr(x, "full_tensor")
+
+
+def whole(x):
+    """Tensor x, gathered from all processes if it is sharded."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def laid_out_like(p, x):
+    """Tensor x, which every process has whole, sharded as parameter p is."""
+    if not is_sharded(p) or x.shape != p.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def synchronizing(model, world, now):
+    """Synchronize the gradients of a backward pass over the processes now, or leave them to a later one."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP
+        model.set_requires_gradient_sync(now)
+    with nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync():  # DDP
+        yield
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint: a plain dict of tensors and plain values, written whole or not at all, read without running code.
 
@@ -827,7 +956,8 @@ def load_checkpoint(path):
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save writes a zip file with a checksum of each tensor
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())  # or it could swell
+            # compressed it could swell, and what claims to be a folder torch takes for read with nothing read
+            stored = all(e.compress_type == zipfile.ZIP_STORED and e.external_attr == 0 for e in archive.infolist())
             if not stored or archive.testzip() is not None:
                 raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -844,21 +974,6 @@ def load_checkpoint(path):
         raise UserError(f"{path} is damaged, or not a checkpoint of this version of train.py (nothing in it was run): "
                         "name another with --out_dir, or train anew")
     return checkpoint
-
-
-def latest_checkpoint(out):
-    """The newest checkpoint in folder `out` that is whole: ckpt.pt, or the one before it with a note. UserError."""
-    try:
-        checkpoint = load_checkpoint(out / "ckpt.pt")
-        model_from_checkpoint(checkpoint, out / "ckpt.pt")
-        return checkpoint
-    except UserError as error:
-        if not os.path.exists(out / "ckpt-previous.pt"):
-            raise
-        checkpoint = load_checkpoint(out / "ckpt-previous.pt")
-        model_from_checkpoint(checkpoint, out / "ckpt-previous.pt")
-        tell(f"note: {error}; going on from ckpt-previous.pt, step {checkpoint['step']}", "stderr")
-        return checkpoint | dict(only=True)
 
 
 def model_from_checkpoint(checkpoint, path="checkpoint"):
@@ -879,8 +994,26 @@ def model_from_checkpoint(checkpoint, path="checkpoint"):
     return model.float().eval()
 
 
-def claim(out):
-    """Make folder `out` and hold it for this process until the file returned is closed, by a crash at the latest.
+def this_job():
+    """What tells this launch of torchrun from others, over all its restarts; without torchrun nothing."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"child of {os.getppid()}" if job == "none" else job  # where it was given no --rdzv-id
+
+
+def belongs_to_this_job(out):
+    """Whether the run in folder `out` was begun by this launch of torchrun, which has restarted its processes since."""
+    named = os.environ.get("TORCHELASTIC_RUN_ID") != "none"
+    if not this_job() or not (named or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"):  # numbers come again
+        return False
+    try:
+        return (out / ".job").read_text("utf-8") == this_job() and any((out / n).exists() for n in RUN_FILES[:2])
+    except (OSError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def claim(out, anew):
+    """Hold folder `out` for this process, which a crash ends too. A new run sets an earlier one's files aside.
 
     Raises UserError when another run holds it, or when it cannot be written to.
     """
@@ -890,17 +1023,31 @@ def claim(out):
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
         raise UserError(f"cannot write to out_dir={str(out)!r} ({reason}): choose another with --out_dir") from None
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # any other: a file system without locks, on which the user is trusted
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            raise UserError(f"out_dir={out} is in use by another run: wait for it, or choose another") from None
-    return file
+    with file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # any other: a file system without locks, on which the user is trusted
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise UserError(f"out_dir={out} is in use by another run: wait for it, or choose another") from None
+        if anew:
+            set_aside(out)
+        if this_job():
+            with contextlib.suppress(OSError):  # a full disk: a restart then takes the run for another's
+                write_text(out / ".job", this_job())
+        yield
+
+
+def write_text(path, text):
+    """Write a text file whole or not at all, and never through a link that somebody put there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
 
 
 def set_aside(out):
@@ -1053,7 +1200,11 @@ def gpt2_weights(tensors, config, path):
 def fit_gpt2(s, checkpoint):
     """Cut the positions and pad the rows of what read_gpt2 returned to the settings. UserError if they contradict."""
     before, weights = checkpoint["config"], checkpoint["model"]
-    for key in (f.name for f in fields(GPTConfig) if f.name not in ("dropout", "vocab_multiple")):
+    if read_meta(s)[1]["tokenizer"] != checkpoint["tokenizer"]:
+        raise UserError(f"dataset={s.dataset} has another tokenizer than the model to start from: `python prepare.py "
+                        "--tokenizer=gpt2` makes data/gpt2 for GPT-2")
+    free = ("dropout", "recompute", "vocab_multiple")
+    for key in (f.name for f in fields(GPTConfig) if f.name not in free):
         if getattr(s, key) != before[key] and not (key == "block_size" and s.block_size < before[key]):
             raise UserError(f"{key}={getattr(s, key)} does not fit init_from={s.init_from}, which has {before[key]}: "
                             "leave it out")
@@ -1095,19 +1246,22 @@ def evaluate(model, split, s, world):
     if s.eval_iters:
         windows = min(windows, s.eval_iters * s.batch_size)
     mine = world.share(0, windows)
-    batches = mine[::s.batch_size]
-    losses, counts = torch.zeros(len(batches), device=world.device), torch.zeros(len(batches), dtype=torch.float64)
+    passes = -(-windows // (world.size * s.batch_size))  # as many in each process: FSDP works in step
+    losses, counts = torch.zeros(passes, device=world.device), torch.zeros(passes, dtype=torch.float64)
     model.eval()
-    for i, first in enumerate(batches):
-        rows = np.arange(first, first + s.batch_size)  # always a full batch: one shape, compiled once
+    for i in range(passes):
+        rows = mine.start + i * s.batch_size + np.arange(s.batch_size)  # always a full batch: one shape, compiled once
         tokens = split.read(rows * T, T + 1)
         x, y = tokens[:, :-1], tokens[:, 1:].clone()
         past = rows[:, None] * T + np.arange(1, T + 1) >= split.count
         y[torch.from_numpy(past | (rows >= mine.stop)[:, None])] = -1
         losses[i] = model(x.to(world.device), y.to(world.device))[1]  # stays on the device: nothing waits here
         counts[i] = (y >= 0).sum()
+    if hasattr(model, "reshard"):
+        model.reshard()  # FSDP keeps the outermost tensors whole for a backward pass, which does not come here
+    losses = torch.where(counts > 0, losses.cpu().double(), 0.0)  # the mean of nothing is not a number
     model.train()
-    total, count = world.total(torch.stack([losses.cpu().double() @ counts, counts.sum()])).tolist()
+    total, count = world.total(torch.stack([losses @ counts, counts.sum()])).tolist()
     return total / count
 
 
@@ -1128,10 +1282,7 @@ class Log:
         lines = self.path.read_text("utf-8", "replace").splitlines() if progress.step and self.path.exists() else []
         found = [re.match(r'{"step": (\d+),.*}$', line) for line in lines]
         kept = [match[0] for match in found if match and int(match[1]) <= progress.step]
-        temporary = self.path.with_name("log.jsonl.tmp")  # a resumed run's log goes on after the checkpoint's own line
-        temporary.unlink(missing_ok=True)
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8", newline="\n")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))  # a resumed run goes on after its checkpoint
         tell("    step    loss     val       lr   norm   tokens/s  elapsed     left" + ("   MFU" if self.peak else ""))
 
     def elapsed(self):
@@ -1196,16 +1347,15 @@ def accumulate_gradients(model, scaler, split, s, world, sequences):
     Returns this process's part of the batch's mean loss, a scalar tensor. The gradients, once
     DistributedDataParallel has averaged them, are those of the mean over the whole batch, however it was cut.
     """
-    whole = s.batch_size * s.gradient_accumulation_steps
-    share = world.share(sequences, whole)
-    passes = [(first, min(s.batch_size, share.stop - first)) for first in share[::s.batch_size]]
-    passes = passes or [(sequences, 0)]  # more processes than sequences: join the synchronization with weight 0
+    sequences_in_all = s.batch_size * s.gradient_accumulation_steps
+    share = world.share(sequences, sequences_in_all)
+    passes = -(-sequences_in_all // (world.size * s.batch_size))  # as many in each process: FSDP works in step
     total = torch.zeros((), device=world.device)
-    for first, count in passes:
-        x, y = training_batch(split, s, first, max(1, count), world.device)
-        synchronize = first == passes[-1][0] or world.size == 1  # once a step
-        with nullcontext() if synchronize else model.no_sync():
-            loss = model(x, y)[1] * (count / whole)
+    for i in range(passes):
+        rows = share[i * s.batch_size:(i + 1) * s.batch_size]  # may be none: a sequence of weight 0 keeps pace
+        x, y = training_batch(split, s, rows.start, max(1, len(rows)), world.device)
+        with synchronizing(model, world, i == passes - 1):
+            loss = model(x, y)[1] * (len(rows) / sequences_in_all)
             scaler.scale(loss * world.size).backward()
         total += loss.detach()
     return total
@@ -1217,7 +1367,7 @@ def update(model, optimizers, scaler, lr, grad_clip):
         scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = lr
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
@@ -1225,24 +1375,23 @@ def update(model, optimizers, scaler, lr, grad_clip):
     return grad_norm
 
 
-def check_data(s, splits, meta, checkpoint):
-    """Refuse settings that do not fit the data, or the checkpoint to go on from. Raises UserError."""
-    if checkpoint and "optimizer" not in checkpoint and meta["tokenizer"] != checkpoint["tokenizer"]:
-        raise UserError(f"dataset={s.dataset} has another tokenizer than the model to start from: `python prepare.py "
-                        "--tokenizer=gpt2` makes data/gpt2 for GPT-2")
-    if checkpoint and meta["tokenizer"] != checkpoint["tokenizer"]:
-        raise UserError(f"dataset={s.dataset} has another tokenizer than the checkpoint: resume with the data it was "
-                        "trained on, or train anew with another --out_dir")
+def check_data(s, splits, meta):
+    """Refuse settings that do not fit the data. Raises UserError."""
     for split in splits.values():
         if split.count <= s.block_size:
             raise UserError(f"block_size={s.block_size} is longer than {split.path} ({split.count:,} tokens): "
                             f"for example --block_size={max(1, split.count // 8)}, or prepare more text")
     if s.vocab_size < meta["vocab_size"]:
         raise UserError(f"vocab_size={s.vocab_size} is less than the data's {meta['vocab_size']}: leave it out")
-    if checkpoint is None:
-        return
-    fixed = [f.name for f in fields(GPTConfig) if f.name != "dropout"] + ["optimizer", "train_last"]
-    for key in fixed:
+
+
+def check_continued(s, checkpoint):
+    """Refuse what cannot be changed when going on from a checkpoint. Raises UserError."""
+    if read_meta(s)[1]["tokenizer"] != checkpoint["tokenizer"]:
+        raise UserError(f"dataset={s.dataset} has another tokenizer than the checkpoint: resume with the data it was "
+                        "trained on, or train anew with another --out_dir")
+    free = ("dropout", "recompute")
+    for key in [f.name for f in fields(GPTConfig) if f.name not in free] + ["optimizer", "train_last"]:
         if getattr(s, key) != (before := checkpoint["config"].get(key, getattr(Settings, key))):
             raise UserError(f"{key}={getattr(s, key)} cannot be changed on resume: the checkpoint has {before}. "
                             "Leave it out, or train anew with another --out_dir")
@@ -1315,57 +1464,85 @@ def farewell(s, world, run, stop, stopping):
 class Run:
     """Everything that a checkpoint holds: the raw model, its optimizers and how far they have come."""
 
-    def __init__(self, s, meta, device):
+    def __init__(self, s, meta, world, checkpoint=None):
+        """A new run, or the one that `checkpoint` holds. Raises UserError where it does not fit."""
         torch.manual_seed(s.seed)
         self.settings, self.meta = s, meta
         self.tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
-        self.model = GPT(s).to(device)
-        freeze(self.model, s.train_last)
-        self.model.compute_dtype = choose_dtype(s, device)
-        self.optimizers = make_optimizers(self.model, s, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.model.compute_dtype == torch.float16)
-        self.progress = Progress()
         self.bits_per_byte = meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2)  # of a loss in nats a token
-        self.rotate = True  # whether the next save keeps the ckpt.pt that is there: not where it is damaged
-
-    def state(self):
-        """The checkpoint: a dict of tensors and plain values."""
-        return dict(format=1, model=self.model.state_dict(), optimizer=[o.state_dict() for o in self.optimizers],
-                    scaler=self.scaler.state_dict(), config=asdict(self.settings), tokenizer=self.meta["tokenizer"],
-                    corpus=self.meta["corpus"], **asdict(self.progress))
+        self.progress = Progress()
+        self.rotate = checkpoint is None or "only" not in checkpoint  # whether the ckpt.pt that is there is to be kept
+        self.model = GPT(s)
+        self.model.compute_dtype = choose_dtype(s, world.device)
+        try:
+            if checkpoint:
+                self.model.load_state_dict(checkpoint.pop("model"))  # popped, so that its memory is free for training
+            freeze(self.model, s.train_last)
+            if s.parallel == "fsdp" and world.size > 1:
+                shard(self.model, world)
+            self.model.to(world.device)
+            self.optimizers = make_optimizers(self.model, s, world.device)
+            self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.model.compute_dtype == torch.float16)
+            if goes_on(checkpoint):
+                self.restore(checkpoint)
+        except Exception as error:
+            if not checkpoint or is_out_of_memory(error):
+                raise
+            raise UserError(f"{Path(s.out_dir) / 'ckpt.pt'}: cannot go on from it ({type(error).__name__}: "
+                            f"{' '.join(str(error).split())[:100]}): train anew") from None
 
     def restore(self, checkpoint):
-        """Go on from a checkpoint's state. Raises UserError where it does not fit."""
-        try:
-            self.model.load_state_dict(checkpoint["model"])
-            for optimizer, saved in zip(self.optimizers, checkpoint["optimizer"], strict=True):
-                # the state alone, because learning rate, decay and the like are this run's
-                optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved["state"]))
-                names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-                if any(state.keys() != names or any(v.ndim and v.shape != p.shape for v in state.values())
-                       for p, state in optimizer.state.items()):
-                    raise ValueError("optimizer state of another kind")
-            self.scaler.load_state_dict(checkpoint["scaler"])
-            self.progress = p = Progress(**{f.name: f.type(checkpoint[f.name]) for f in fields(Progress)})
-            if not all(0 <= x < 2**53 for x in (p.step, p.sequences, p.loss_count, p.elapsed)):
-                raise ValueError("no such progress")
-        except Exception as error:
-            raise UserError(f"{Path(self.settings.out_dir) / 'ckpt.pt'}: cannot go on from it "
-                            f"({type(error).__name__}: {' '.join(str(error).split())[:100]}): train anew") from None
-        self.rotate = "only" not in checkpoint
+        """Take the optimizers' state and the progress of a checkpoint."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            # the state alone, because learning rate, decay and the like are this run's
+            params, wanted = [p for group in optimizer.param_groups for p in group["params"]], optimizer.state_dict()
+            wanted["state"] = {i: {k: laid_out_like(p, v) for k, v in checkpoint["optimizer"][names[p]].items()}
+                               for i, p in enumerate(params)}
+            optimizer.load_state_dict(wanted)
+            kinds = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            if any(state.keys() != kinds or any(v.ndim and v.shape != p.shape for v in state.values())
+                   for p, state in optimizer.state.items()):
+                raise ValueError("optimizer state of another kind")
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.progress = p = Progress(**{f.name: f.type(checkpoint[f.name]) for f in fields(Progress)})
+        if not all(0 <= x < 2**53 for x in (p.step, p.sequences, p.loss_count, p.elapsed)):
+            raise ValueError("no such progress")
 
-    def save(self, out, val_loss, final):
+    def state(self):
+        """The checkpoint: a dict of tensors and plain values. Sharded tensors come whole, in process 0 alone."""
+        if is_sharded(self.model.wte.weight):
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights, optimizer = get_state_dict(self.model, self.optimizers, options=options)
+            optimizer = optimizer.get("state")
+        else:
+            names = {p: name for name, p in self.model.named_parameters()}
+            weights = self.model.state_dict()
+            optimizer = {names[p]: dict(state) for o in self.optimizers for p, state in o.state.items()}
+        return dict(format=1, model=weights, optimizer=optimizer, scaler=self.scaler.state_dict(),
+                    config=asdict(self.settings), tokenizer=self.meta["tokenizer"], corpus=self.meta["corpus"],
+                    **asdict(self.progress))
+
+    def save(self, out, val_loss, world, final):
         """Write out/ckpt.pt, keeping the one before it, and out/best.pt where val_loss (or None) is the best so far.
 
         A failure is a note, because the next save may succeed; of the final save it is a RunFailed.
         """
         progress, best_before = self.progress, (self.progress.best_val_loss, self.progress.best_step)
+        best = val_loss is not None and val_loss < progress.best_val_loss
+        if best:
+            progress.best_val_loss, progress.best_step = val_loss, progress.step
+        if world.rank and not is_sharded(self.model.wte.weight):
+            return
+        state = self.state()
+        if world.rank:
+            return
         try:
-            if val_loss is not None and val_loss < progress.best_val_loss:
-                progress.best_val_loss, progress.best_step = val_loss, progress.step
-                save_checkpoint(out / "best.pt", self.state())
-            best_before = progress.best_val_loss, progress.best_step
-            save_checkpoint(out / "ckpt.pt", self.state(), keep=self.rotate and out / "ckpt-previous.pt")
+            if best:
+                save_checkpoint(out / "best.pt", state)
+                best_before = progress.best_val_loss, progress.best_step
+            save_checkpoint(out / "ckpt.pt", state, keep=self.rotate and out / "ckpt-previous.pt")
             self.rotate = True
         except (OSError, RuntimeError) as error:
             progress.best_val_loss, progress.best_step = best_before
@@ -1375,23 +1552,19 @@ class Run:
             tell(f"note: {text}; what was saved before is whole, and the next save tries again", "stderr")
 
 
-def train(s, checkpoint=None):
+def train(s, world, checkpoint=None):
     """Train as the settings say, from a checkpoint's state if one is given. Returns the exit status."""
-    world = join_world(s)
     folder, meta = read_meta(s)
     splits = {name: Split(folder, name, meta) for name in ("train", "val")}
     s.vocab_size = s.vocab_size or meta["vocab_size"]
-    check_data(s, splits, meta, checkpoint)
+    check_data(s, splits, meta)
     writes = world.rank == 0 and not s.eval_only
-    with claim(Path(s.out_dir)) if writes else nullcontext():
-        resumed = checkpoint is not None and "optimizer" in checkpoint
-        if writes and not resumed:
-            set_aside(Path(s.out_dir))
-        run = Run(s, meta, world.device)
-        if resumed:
-            run.restore(checkpoint)
-        elif checkpoint:
-            run.model.load_state_dict(checkpoint.pop("model"))  # popped, so that its memory is free for training
+    with claim(Path(s.out_dir), anew=not goes_on(checkpoint)) if writes else nullcontext():
+        run = Run(s, meta, world, checkpoint)
+        steps = world.total(torch.tensor(run.progress.step, dtype=torch.float64)).item()
+        if steps != run.progress.step * world.size:
+            raise RunFailed(f"the processes read different checkpoints in out_dir={s.out_dir}: it must be on storage "
+                            "that all machines share")
         announce(s, world, meta, run.model)
         if not s.eval_only:
             return fit(run, splits, s, world)
@@ -1405,7 +1578,7 @@ def fit(run, splits, s, world):
     model, progress, out = run.model, run.progress, Path(s.out_dir)
     # Three names for one set of weights: the raw model, which is saved; compiled; and synchronized over processes.
     compiled = synchronized = compile_model(model, s) if compile_pays(model, s, world) else model
-    if world.size > 1:
+    if world.size > 1 and s.parallel == "ddp":
         synchronized = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     peak = peak_flops(world.device, model.compute_dtype)
     log = Log(out, world, progress, peak and peak * world.size / model.flops_per_token())
@@ -1440,15 +1613,15 @@ def fit(run, splits, s, world):
         progress.loss_count += len(recent)
         val_loss = evaluate(compiled, splits["val"], s, world) if evaluating else None
         if evaluating or stopping or saving:
-            norm = nn.utils.get_total_norm(model.parameters()).item()
+            norm = whole(nn.utils.get_total_norm(model.parameters())).item()
             check_finite(s, progress.step, validation_loss=[val_loss or 0.0], norm_of_weights=[norm])
         if logging:
             log.line(progress.step, s.max_iters, progress.loss_sum / progress.loss_count, val_loss,
                      val_loss and val_loss * run.bits_per_byte, lr, grad_norms[-1], tokens_per_second)
             progress.loss_sum, progress.loss_count = 0.0, 0
-        if world.rank == 0 and (evaluating or stopping or saving):
+        if evaluating or stopping or saving:
             progress.elapsed = log.elapsed()
-            run.save(out, val_loss, final=stopping or progress.step == s.max_iters)
+            run.save(out, val_loss, world, final=stopping or progress.step == s.max_iters)
             saved = time.monotonic()
         recent.clear()
         began = time.monotonic()
@@ -1458,20 +1631,47 @@ def fit(run, splits, s, world):
 def configure(argv):
     """The settings and, when resuming, the checkpoint that the command line asks for. Raises UserError."""
     s = override(Settings(), argv)
-    checkpoint = None
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts after a crash
-    if s.init_from == "resume" or restarted and any(os.path.exists(Path(s.out_dir, name)) for name in RUN_FILES[:2]):
-        checkpoint = latest_checkpoint(Path(s.out_dir))
-        known = {f.name: convert(f, checkpoint["config"].get(f.name, f.default), f"{s.out_dir}/ckpt.pt")
-                 for f in fields(Settings)}
-        # the run's own settings, but for where it lies now, and over them what is asked for now
-        s = override(Settings(**known | dict(out_dir=s.out_dir)), argv)
-    elif s.init_from != "scratch":
-        checkpoint = read_gpt2(s.init_from)
-        s = override(Settings(**checkpoint["config"]), argv)
-        fit_gpt2(s, checkpoint)
     check(s)
+    if s.init_from == "resume" or belongs_to_this_job(Path(s.out_dir)):
+        return resume(s, argv)
+    if s.init_from == "scratch":
+        return s, None
+    checkpoint = read_gpt2(s.init_from)
+    s = override(Settings(**checkpoint["config"]), argv)
+    check(s)
+    fit_gpt2(s, checkpoint)
     return s, checkpoint
+
+
+def goes_on(checkpoint):
+    """Whether a checkpoint, or None, is of a run to go on with, and not GPT-2's weights alone."""
+    return checkpoint is not None and "optimizer" in checkpoint
+
+
+def resume(s, argv):
+    """The newest checkpoint in out_dir that is whole and fits the data and the command line, and its settings.
+
+    Raises UserError where there is none.
+    """
+    refused = None
+    for name in RUN_FILES[:2]:
+        path = Path(s.out_dir) / name
+        try:
+            checkpoint = load_checkpoint(path)
+            model_from_checkpoint(checkpoint, path)
+            known = {f.name: convert(f, checkpoint["config"].get(f.name, f.default), path) for f in fields(Settings)}
+            # the run's own settings, but for where it lies now, and over them what is asked for now
+            settings = override(Settings(**known | dict(out_dir=s.out_dir)), argv)
+            check(settings)
+            check_continued(settings, checkpoint)
+        except UserError as error:
+            refused = error if os.path.exists(path) or refused is None else refused
+            continue
+        if refused:
+            tell(f"note: {refused}; going on from {name}, step {checkpoint['step']}", "stderr")
+            checkpoint["only"] = True
+        return settings, checkpoint
+    raise refused
 
 
 def main(argv=None):
@@ -1483,26 +1683,42 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # no name of a file is worth a UnicodeEncodeError
-    s = None
+    s = world = None
     try:
         s, checkpoint = configure(argv)
-        return train(s, checkpoint)
-    except (UserError, RunFailed) as error:
-        message, status = str(error), 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        message, status = "interrupted; the last checkpoint is whole", 130
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        world = join_world(s)
+        status = train(s, world, checkpoint)
+        world.leave()
+        return status
+    except (Exception, KeyboardInterrupt) as error:
+        message, status = explain(error, s)
+        if world and world.store:
+            world.fail(message)
+        elif status and os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine speaks for all
+            tell(f"train.py: {message}", "stderr")
+        if not status:
             raise
-        message, status = out_of_memory(s) if s else "out of memory", 1
-    except OSError as error:
-        message, status = f"{error.filename or s.out_dir}: {error.strerror or error}; what was saved is whole", 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine speaks for all
-        tell(f"train.py: {' '.join(str(message).split())}", "stderr")
-    return status
+        if world and world.store:
+            os._exit(status)  # the other processes are not waited for
+        return status
+
+
+def explain(error, s):
+    """What to say of an exception that ended the program, in one line, and the exit status: 0 for a bug's."""
+    text, status = str(error), 0
+    if isinstance(error, (UserError, RunFailed)):
+        status = 2 if isinstance(error, UserError) else 1
+    elif isinstance(error, KeyboardInterrupt):
+        text, status = "interrupted; the last checkpoint is whole", 130
+    elif is_out_of_memory(error):
+        text, status = out_of_memory(s) if s else "out of memory", 1
+    elif isinstance(error, OSError):
+        text, status = f"{error.filename or s.out_dir}: {error.strerror or error}; what was saved is whole", 1
+    elif isinstance(error, RuntimeError) and re.search("gloo|NCCL", text):
+        text, status = "another process was lost: it failed, or was killed", 1
+    else:
+        text = f"{type(error).__name__}: {text}"
+    return " ".join(text.split()), status
 
 
 if __name__ == "__main__":

@@ -157,7 +157,8 @@ def seeded(torch_state):
 @pytest.fixture
 def project(tmp_path, monkeypatch, capsys, torch_state):
     """A Project to work in. The signal handlers that a run installs are taken out again."""
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID",
+                "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

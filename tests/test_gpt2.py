@@ -446,10 +446,6 @@ def test_what_contradicts_the_files_is_refused(flag, named, words):
     assert named in words.refuse(*FINETUNE, flag)
 
 
-def learning(checkpoint):
-    return {n for group in checkpoint["optimizer"] for n in group["state"]}
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_only_the_last_blocks_learn_and_only_they_have_optimizer_state(words, optimizer):
     words.train(*FINETUNE, f"--optimizer={optimizer}", "--train_last=1", "--max_iters=3", "--weight_decay=0.1")
@@ -458,13 +454,14 @@ def test_only_the_last_blocks_learn_and_only_they_have_optimizer_state(words, op
     moved = {name for name, weight in after["model"].items() if not torch.equal(weight, before[name])}
     expected = {name for name in before if name.startswith(("blocks.1.", "norm."))}
     assert moved == expected
-    assert sum(len(each["state"]) for each in after["optimizer"]) == len(expected)
+    assert set(after["optimizer"]) == expected
 
 
 def test_frozen_blocks_also_go_with_a_new_model_and_cannot_be_changed_on_resume(project):
     run = ["--n_layer=2", "--train_last=1", "--tied_head"]  # no parameter is left for AdamW
     project.train(*run, "--max_iters=3")
-    assert len(project.checkpoint()["optimizer"]) == 1
+    assert set(project.checkpoint()["optimizer"]) == {f"blocks.1.{name}.weight" for name in (
+        "attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")}
     project.train(*run, "--init_from=resume", "--max_iters=5")
     assert "train_last=2" in project.refuse("--n_layer=2", "--tied_head", "--init_from=resume", "--train_last=2")
 
@@ -480,14 +477,14 @@ def test_what_is_frozen_takes_no_memory_but_its_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", ["", "--compile=True"])
+@pytest.mark.parametrize("extra", ["", "--parallel=fsdp", "--compile=True", "--recompute=True"])
 def test_frozen_blocks_in_several_processes_and_compiled(words, extra):
-    if extra and not shutil.which("g++"):
+    if "compile" in extra and not shutil.which("g++"):
         pytest.skip("no compiler")
     run = [*words.tiny, *FINETUNE, "--train_last=1", "--max_iters=4", "--gradient_accumulation_steps=2"]
     words.train(*run[len(words.tiny):], "--out_dir=one")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if not extra else [
-        sys.executable]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if extra in (
+        "", "--parallel=fsdp") else [sys.executable]
     done = subprocess.run([*launch, str(ROOT / "train.py"), *run, "--out_dir=two", *extra.split()], timeout=300,
                           capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
     assert done.returncode == 0 and "compile failed" not in done.stderr, done.stderr

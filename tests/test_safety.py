@@ -65,7 +65,8 @@ def test_a_bit_flip_is_detected_or_changes_nothing(trained):
     """Of every flip, anywhere in the file: torch.save's zip holds padding that nothing reads, and checksums else."""
     project, whole = trained
     path, good, draw, kept = project.path / "out" / "flipped.pt", project.checkpoint(), random.Random(5), 0
-    places = [*range(0, 400), *range(len(whole) - 400, len(whole)), *(draw.randrange(len(whole)) for _ in range(800))]
+    directory = whole.index(b"PK\1\2")  # to the end: what describes the parts
+    places = [*range(0, 400), *range(directory, len(whole)), *(draw.randrange(len(whole)) for _ in range(800))]
     for place in places:
         flipped = bytearray(whole)
         flipped[place] ^= 1 << draw.randrange(8)
@@ -361,14 +362,15 @@ def test_no_checkpoint_runs_code(trained, monkeypatch):
 
 
 @posix
-def test_links_in_a_folder_from_elsewhere_are_not_written_through(trained):
+def test_links_in_a_folder_from_elsewhere_are_not_written_through(trained, monkeypatch):
     """A folder with a checkpoint may hold links named as our temporary files, to a file that somebody loves."""
     project, _ = trained
     loved = project.path / "loved"
     loved.write_text("mine")
-    for name in (".lock", "ckpt.pt.tmp", "best.pt.tmp", "log.jsonl.tmp"):
+    for name in (".lock", "ckpt.pt.tmp", "best.pt.tmp", "log.jsonl.tmp", ".job", ".job.tmp"):
         (project.path / "out" / name).unlink(missing_ok=True)
         (project.path / "out" / name).symlink_to(loved)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
     project.train("--init_from=resume", "--max_iters=30")
     assert loved.read_text() == "mine" and project.checkpoint()["step"] == 30
 
@@ -397,7 +399,7 @@ def test_parts_that_do_not_fit_are_one_line(trained, change):
 def test_an_optimizer_s_state_of_other_shapes_is_one_line(trained):
     project, whole = trained
     optimizer = project.checkpoint()["optimizer"]
-    for entry in optimizer[0]["state"].values():
+    for entry in optimizer.values():
         entry["exp_avg"] = torch.zeros(1).expand(2**20, 2**10)
     put(project, resaved(whole, optimizer=optimizer))
     assert "ckpt.pt" in project.refuse("--init_from=resume")
@@ -564,7 +566,7 @@ def test_the_memory_that_is_told_is_the_memory_that_is_taken(project):
     """Parameters, gradients and optimizer state, counted after a step; a few scalars are not told."""
     for optimizer in ("muon", "adamw"):
         s = project.settings(f"--optimizer={optimizer}", "--n_embd=256")
-        run = train.Run(s, train.read_meta(s)[1], torch.device("cpu"))
+        run = train.Run(s, train.read_meta(s)[1], train.World())
         world, split = train.World(), project.split("train")
         train.accumulate_gradients(run.model, run.scaler, split, s, world, 0)
         held = sum(p.nbytes + p.grad.nbytes for p in run.model.parameters())
@@ -694,16 +696,65 @@ def test_ctrl_c_twice_between_the_two_renames_leaves_a_checkpoint(project, monke
     assert same(state(project), state(project, "whole"))
 
 
-def test_torchrun_s_restart_resumes_from_whichever_checkpoint_is_there(trained, monkeypatch):
+@pytest.mark.parametrize("job", ["some job", "none"])
+def test_torchrun_s_restart_resumes_from_whichever_checkpoint_is_there(project, monkeypatch, job):
     """A worker may be killed between the two renames of a save, when there is only the one before."""
-    project, _ = trained
-    whole = state(project)
+    project.train("--eval_interval=10", "--out_dir=whole")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    project.train("--eval_interval=10")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     (project.path / "out" / "ckpt.pt").unlink()
     assert "step 10" in project.train("--eval_interval=10").err
-    assert same(state(project), whole) and not (project.path / "out" / "previous").exists()
+    assert same(state(project), state(project, "whole")) and not (project.path / "out" / "previous").exists()
     project.train("--out_dir=new")
     assert project.checkpoint("new")["step"] == 20
+
+
+@pytest.mark.parametrize("job", ["another job", "none"])
+def test_torchrun_s_restart_leaves_the_run_of_another_launch_alone(trained, monkeypatch, job):
+    """Also one whose process died before it had set the earlier run aside."""
+    project, _ = trained
+    before = state(project)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    for restarts in ("1", "2"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        project.train("--max_iters=10" if restarts == "1" else "--max_iters=15")
+    assert same(state(project, "out/previous"), before)
+    assert project.checkpoint()["step"] == 15 and not (project.path / "out" / "previous-2").exists()
+
+
+def test_a_new_launch_of_torchrun_without_an_id_begins_anew(project, monkeypatch):
+    """Process numbers come again, in a container every time."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    for _ in range(2):
+        project.train()
+    assert (project.path / "out" / "previous" / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("change", ["tokenizer", "n_layer"])
+def test_a_checkpoint_of_another_kind_is_named_and_the_one_before_it_used(project, change):
+    """Whole in itself, but of another vocabulary than the data, or another size than asked for."""
+    project.train("--eval_interval=10", "--out_dir=whole")
+    project.train("--eval_interval=10")
+    if change == "tokenizer":
+        project.dataset("other", "abcdefg " * 200)
+        project.train("--dataset=other", "--out_dir=other")
+        checkpoint = project.checkpoint("other")
+        checkpoint["config"]["dataset"] = "tiny"
+        torch.save(checkpoint, project.path / "out" / "ckpt.pt")
+        asked = []
+    else:
+        project.train("--n_layer=2", "--out_dir=other")
+        os.replace("other/ckpt.pt", "out/ckpt.pt")
+        asked = ["--n_layer=1"]
+    import train
+    project.capsys.readouterr()
+    assert train.main(["--init_from=resume", *asked]) == 0
+    error = project.capsys.readouterr().err
+    assert error.count("\n") == 1 and change in error and "going on from ckpt-previous.pt, step 10" in error
+    assert same(state(project), state(project, "whole"))
 
 
 def test_a_tokenizer_of_a_run_is_the_data_s(trained):

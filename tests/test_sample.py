@@ -119,8 +119,8 @@ MODELS = [
           ("rope", "learned", "none"), ("rmsnorm", "layernorm"), (False, True), (False, True), (False, True))),
     *(dict(position=position, **rest) for position, rest in product(("rope", "learned", "none"), (
         dict(activation="relu2"), dict(activation="gelu"), dict(activation="gelu_tanh"), dict(tied_head=True),
-        dict(n_layer=0), dict(n_layer=1), dict(block_size=1), dict(block_size=2), dict(block_size=7),
-        dict(vocab_multiple=64), dict(n_head=1), dict(n_head=4, n_embd=32)))),
+        dict(recompute=True), dict(n_layer=0), dict(n_layer=1), dict(block_size=1), dict(block_size=2),
+        dict(block_size=7), dict(vocab_multiple=64), dict(n_head=1), dict(n_head=4, n_embd=32)))),
 ]
 
 

@@ -1,0 +1,102 @@
+"""What a large dataset costs train.py: a million tokens in one file against ten billion in a hundred shards.
+
+    python tests/bench/shards.py                        three runs of each, alternating, after one that warms the cache
+    python tests/bench/shards.py --shards=10 --n=1 --json=bench-shards.json
+
+The shards are holes in files, which take no room on the disk; needs a file system that has them. A hole is read as
+fast as memory once the system's cache has it, so this shows what train.py adds, not what a disk does.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADER = 1024
+TINY = ("--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --max_iters=100 --eval_interval=100 "
+        "--log_interval=1 --eval_iters=1 --checkpoint_minutes=0 --device=cpu --dtype=float32 --compile=False").split()
+
+
+def make_dataset(folder: Path, shards: int, tokens: int):
+    """A dataset of holes: so many training shards of so many tokens each, or one train.bin as prepare.py makes it."""
+    folder.mkdir(parents=True)
+    one = shards == 1
+    names = ["train.bin"] if one else [f"train_{i:06d}.bin" for i in range(shards)]
+    header, val = 0 if one else HEADER, "val.bin"
+    files = {"train": [{"name": name, "offset": header, "tokens": tokens} for name in names],
+             "val": [{"name": val, "offset": header, "tokens": 100_000}]}
+    for shard in files["train"] + files["val"]:
+        with open(folder / shard["name"], "wb") as file:
+            file.truncate(shard["offset"] + 2 * shard["tokens"])
+    counts = {"train": shards * tokens, "val": 100_000}
+    meta = {"format": 1, "corpus": "holes", "tokenizer": {"kind": "byte"}, "vocab_size": 257, "dtype": "uint16",
+            "tokens": counts, "bytes": counts} | ({} if one else {"files": files})
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def measure(folder: Path, dataset: str) -> dict:
+    """One run of train.py in a fresh process."""
+    command = [sys.executable, ROOT / "train.py", *TINY, f"--dataset={dataset}"]
+    child = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    peak = None
+    if hasattr(os, "wait4"):
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    if child.wait():
+        raise subprocess.CalledProcessError(child.returncode, command)
+    log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    times = [line["elapsed"] for line in log]
+    step = (times[-2] - times[9]) / (len(times) - 11)  # without the first ten, and the last, which evaluates and saves
+    return {"peak MB": peak, "first step s": times[0], "ms a step": 1000 * step}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=100, help="of the large dataset (default: 100)")
+    parser.add_argument("--tokens", type=int, default=10**8, help="in each of its shards (default: 100000000)")
+    parser.add_argument("--n", type=int, default=3, help="runs of each (default: 3)")
+    parser.add_argument("--json", type=Path, default=Path("bench-shards.json"), help="default: bench-shards.json")
+    args = parser.parse_args()
+
+    sizes = {"small": (1, 10**6), "large": (args.shards, args.tokens)}
+    runs = {name: [] for name in sizes}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for dataset, (shards, tokens) in sizes.items():
+            make_dataset(folder / "data" / dataset, shards, tokens)
+            measure(folder, dataset)
+        for _ in range(args.n):
+            for dataset in sizes:
+                runs[dataset].append(measure(folder, dataset))
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = f"{platform.machine()}, {cores} cores, Python {platform.python_version()}"
+    print(f"\nn = {args.n}, medians (least to most), {machine}\n")
+    print(f"{'training tokens':>16}{'shards':>8}{'peak MB':>26}{'launch to step 1, s':>26}{'ms a step':>26}")
+    rows = []
+    for dataset, (shards, tokens) in sizes.items():
+        row = {"tokens": shards * tokens, "shards": shards, "runs": runs[dataset]}
+        shown = []
+        for key, digits in (("peak MB", 1), ("first step s", 2), ("ms a step", 2)):
+            found = [run[key] for run in runs[dataset]]
+            row[key] = None if None in found else statistics.median(found)
+            if row[key] is None:
+                shown.append("-")
+                continue
+            low, high = min(found), max(found)
+            shown.append(f"{row[key]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
+        print(f"{row['tokens']:>16,}{shards:>8}{shown[0]:>26}{shown[1]:>26}{shown[2]:>26}")
+        rows.append(row)
+    report = {"machine": machine, "n": args.n, "rows": rows}
+    args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
