@@ -519,6 +519,30 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def fetch_from_hub(repository: str, names, folder: Path):
+    """Download the named files of a public Hugging Face repository into folder, in this order. Raises UserError.
+
+    The hub says the SHA-256 of its large files, in a header of the redirection. HF_ENDPOINT may name another hub.
+    """
+    for name in names:
+        if (folder / name).exists():
+            continue
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        url = f"{hub}/{repository}/resolve/main/{name}"
+        try:
+            import requests
+
+            asked = requests.head(url, allow_redirects=True, timeout=20)
+            hashes = [answer.headers.get("X-Linked-Etag", "").strip('"') for answer in (*asked.history, asked)]
+            path = fetch(url, next((h for h in hashes if re.fullmatch("[0-9a-f]{64}", h)), None))
+            folder.mkdir(parents=True, exist_ok=True)
+            os.replace(path, folder / name)
+        except ImportError:
+            raise UserError("downloading needs requests: pip install requests") from None
+        except OSError as error:  # the disk's, and all of requests'
+            raise UserError(f"{url}: {network_reason(error)}") from None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Documents: from what the user named to one stream of bytes
 

@@ -1,4 +1,4 @@
-"""Let a trained model write.
+"""Let a trained model write, measure it on a text, or hand it on to transformers.
 
     python sample.py                                         # a text from nothing
     python sample.py --start="ROMEO:"                        # go on from these words
@@ -7,19 +7,29 @@
     python sample.py --interactive                           # type a line, it goes on; Ctrl-D ends
     python sample.py --num_samples=10 --seed=2               # ten texts, generated as one batch
     python sample.py --temperature=0                         # always the likeliest token
+    python sample.py --init_from=gpt2 --start="The sea"      # GPT-2 itself, fetched once; or a path to its files
+    python sample.py --score=book.txt                        # loss and bits per byte of a text, instead of writing
+    python sample.py --export=FOLDER                         # the model as a folder that transformers loads
     python sample.py --help                                  # every setting, its default and its reason
 
 The model and its tokenizer come from the checkpoint that train.py wrote: out/best.pt, else out/ckpt.pt.
 Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabulary.
 """
+import ast
 import codecs
 import errno
+import inspect
+import json
+import math
 import os
+import re
+import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import prepare
@@ -35,6 +45,10 @@ class Settings:
     """All that can be set, by key = value files and --key=value flags, as for train.py."""
     out_dir: str = setting("out", "folder of the checkpoint: its best.pt, or ckpt.pt where there is none")
     ckpt: str = setting("", "path of a checkpoint, instead of out_dir's")
+    init_from: str = setting("resume", "the checkpoint; or GPT-2 itself: gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
+                                       "distilgpt2 or a path to such files")
+    export: str = setting("", "instead of writing: a new folder to put the model in, for transformers")
+    score: str = setting("", "instead of writing: a text file whose loss, perplexity and bits per byte to show")
     start: str = setting("", "text to go on from, FILE:path, or - for standard input; nothing begins a new text")
     per_line: bool = setting(False, "each line of the start is a prompt of its own; empty ones are left out")
     interactive: bool = setting(False, "each line typed is a prompt, until Ctrl-D")
@@ -61,6 +75,35 @@ def check(s):
         raise UserError(f"top_p={s.top_p} must be above 0 and at most 1: for example --top_p=0.95, or 1 for all tokens")
     if s.interactive and (s.start or s.per_line):
         raise UserError("interactive=True takes its prompts from the keyboard: leave out --start and --per_line")
+    if sum(map(bool, (s.export, s.score, s.start or s.interactive))) > 1:
+        raise UserError("--export, --score and writing (--start, --interactive) are commands of their own: give one")
+    if s.init_from == "scratch" or s.init_from != "resume" and s.ckpt:
+        raise UserError(f"init_from={s.init_from}" + f" beside ckpt={s.ckpt}" * bool(s.ckpt) +
+                        ": give --ckpt=PATH for a checkpoint, or --init_from=gpt2 or a path for GPT-2")
+
+
+def load(s):
+    """The model, on the CPU in evaluation mode, and its tokenizer. Raises UserError and prepare.UserError."""
+    path = Path(s.ckpt or Path(s.out_dir) / "best.pt")
+    if not s.ckpt and not os.path.exists(path):
+        path = Path(s.out_dir) / "ckpt.pt"
+    if s.init_from == "resume":
+        checkpoint = train.load_checkpoint(path)
+    else:
+        path, checkpoint = s.init_from, train.read_gpt2(s.init_from)
+    tokenizer = prepare.tokenizer_from_spec(checkpoint["tokenizer"])
+    model = train.model_from_checkpoint(checkpoint, path)
+    if tokenizer.vocab_size > (V := model.config.vocab_size):
+        raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {V}: train anew")
+    return model, tokenizer
+
+
+def place(model, s):
+    """Move the model to the device of the settings, to multiply in their dtype. Returns the device."""
+    hardware = train.Settings(device=s.device, dtype=s.dtype)
+    device = train.join_world(hardware).device
+    model.to(device).compute_dtype = train.choose_dtype(hardware, device)
+    return device
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,6 +347,268 @@ def in_batches(lengths, num_samples):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def sliding_windows(chunks, size):
+    """Cut a stream of id arrays into (ids of at most size + 1, how many of the last are new), each new once.
+
+    All but the very first id are new once, and each has at least half of `size` ids before it in its window where the
+    text has them. Holds a chunk and a window at a time.
+    >>> [(ids.tolist(), new) for ids, new in sliding_windows([np.arange(4), np.arange(4, 8)], 4)]
+    [([0, 1, 2, 3, 4], 4), ([2, 3, 4, 5, 6], 2), ([4, 5, 6, 7], 1)]
+    """
+    held, step, known = np.zeros(0, np.int64), max(1, size // 2), 1  # known: of those held, counted before
+    for chunk in chunks:
+        held = np.concatenate([held, chunk])
+        while len(held) > size:
+            yield held[:size + 1], size + 1 - known
+            held, known = held[step:], size + 1 - step
+    if len(held) > known:
+        yield held, len(held) - known
+
+
+@torch.inference_mode()
+def measure(model, chunks):
+    """The sum of the losses in nats of a stream of id arrays, and their number: of every id but the first."""
+    T, device, total, count = model.config.block_size, model.wte.weight.device, 0.0, 0
+    rows = max(1, min(64, 2**25 // (T * model.config.vocab_size)))  # so that the logits take 128 MB, or one row's
+    windows = sliding_windows(chunks, T)
+    while batch := list(islice(windows, rows)):
+        tokens = np.zeros((len(batch), max(len(ids) for ids, _ in batch)), np.int64)
+        targets = np.full_like(tokens, -1)  # -1 does not count
+        for row, (ids, new) in enumerate(batch):
+            tokens[row, :len(ids)] = ids
+            targets[row, len(ids) - new:len(ids)] = ids[-new:]
+        x, y = (torch.from_numpy(a).to(device) for a in (tokens[:, :-1], targets[:, 1:]))
+        new = sum(new for _, new in batch)
+        total, count = total + model(x, y.contiguous())[1].item() * new, count + new
+    return total, count
+
+
+def score(s):
+    """Print the loss, the perplexity and the bits per byte of a text. Raises UserError and prepare.UserError."""
+    if not os.path.isfile(s.score):
+        raise UserError(f"score: there is no file {s.score}: give the path of a text")
+    model, tokenizer = load(s)
+    place(model, s)
+    size = 0
+
+    def counted():
+        nonlocal size
+        for chunk in prepare.joined(prepare.documents_in(Path(s.score)), tokenizer):
+            size += len(chunk)
+            yield chunk
+
+    if tokenizer.spec["kind"] == "char":  # its stream, made for texts whose alphabet is known, would pass any character
+        ids = (np.array(tokenizer.encode(chunk.decode("utf-8")), np.int64) for chunk in counted())
+    else:
+        ids = tokenizer.encode_stream(counted())
+    total, count = measure(model, ids)
+    if not count:
+        raise UserError(f"score: {s.score} has fewer than two tokens: there is nothing to predict")
+    if not math.isfinite(loss := total / count):
+        raise UserError("the model's output is not finite: its weights are damaged, or try --dtype=float32")
+    T = model.config.block_size
+    show(f"{s.score}: loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.2f}, "
+         f"{total / math.log(2) / size:.4f} bits per byte ({count:,} tokens after the first, {size:,} bytes, "
+         f"each predicted from the {T - max(1, T // 2) + 1} to {T} before it)\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Handing a model on to transformers: as a GPT-2 where it has GPT-2's parts, else with train.py's own code beside it
+
+
+WRAPPER = '''
+
+class ExportedConfig(PretrainedConfig):
+    """The settings of a GPT, under transformers' names too."""
+    model_type = "exported_gpt"
+    attribute_map = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
+                     "max_position_embeddings": "block_size"}
+
+
+class ExportedGPT(PreTrainedModel, GenerationMixin):
+    """A GPT as transformers wants it: no padding, no cache; texts past the context go on from its last block_size."""
+    config_class = ExportedConfig
+    _tied_weights_keys = {"gpt.head.weight": "gpt.wte.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gpt = GPT(config)
+        self.post_init()
+
+    def _init_weights(self, module):
+        """GPT has done it."""
+
+    def get_input_embeddings(self):
+        return self.gpt.wte
+
+    def get_output_embeddings(self):
+        return self.gpt.head
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **rest):
+        size = self.config.block_size
+        mask = None if attention_mask is None else attention_mask[:, -size:]
+        return {"input_ids": input_ids[:, -size:], "attention_mask": mask}
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **rest):
+        """Logits (B, T, V) and, with labels (B, T), their loss; labels of -100 do not count."""
+        if attention_mask is not None and not attention_mask.bool().all():
+            raise ValueError("this model takes no padding: batch texts of one length")
+        self.gpt.compute_dtype = self.gpt.wte.weight.dtype
+        logits, loss = self.gpt(input_ids)
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        return CausalLMOutput(loss=loss, logits=logits)
+'''
+
+
+def modeling_source():
+    """A module that defines train.py's model, from its own source, and the class that transformers loads."""
+    source = inspect.getsource(train)
+    model = next(part for part in source.split("# " + "-" * 118 + "\n") if part.startswith("# Model:"))
+    imports = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom)) and any(
+        re.search(rf"\b{(alias.asname or alias.name).split('.')[0]}\b", model) for alias in node.names)]
+    return "\n".join((
+        '"""AutoModelForCausalLM.from_pretrained(this folder, trust_remote_code=True) loads it."""',
+        *map(ast.unparse, imports), "from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel",
+        "from transformers.modeling_outputs import CausalLMOutput", "", model.strip(), WRAPPER))
+
+
+def is_gpt2(c):
+    """Whether a model of this config can be said in GPT-2's terms."""
+    return (c.position == "learned" and c.norm == "layernorm" and not c.qk_norm
+            and c.activation in ("gelu", "gelu_tanh"))
+
+
+def gpt2_tensors(model):
+    """A model's tensors under GPT-2's names, with the ones and zeros that stand for parts that it was made without."""
+    state, c = model.state_dict(), model.config
+    with torch.device("meta"):
+        wanted = train.GPT(replace(c, bias=True, norm_weight=True, vocab_multiple=1)).state_dict()
+    tensors = {}
+    for ours, like in wanted.items():
+        name, transposed = train.gpt2_name(ours)
+        neutral = torch.ones if name.endswith("weight") else torch.zeros
+        tensor = state[ours][:len(like)] if ours in state else neutral(like.shape)  # without the rows of padding
+        tensors[name if ours == "head.weight" else f"transformer.{name}"] = tensor.T if transposed else tensor
+    return tensors
+
+
+def model_files(model, tokenizer):
+    """What goes into an exported model's folder besides its tokenizer: a dict of texts by name, and one of tensors."""
+    c = model.config
+    config = dict(tie_word_embeddings=c.tied_head, bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot,
+                  dtype="float32", tokenizer_spec=tokenizer.spec)
+    if is_gpt2(c):
+        config |= dict(
+            architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=c.vocab_size, n_positions=c.block_size,
+            n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, resid_pdrop=c.dropout, embd_pdrop=c.dropout,
+            attn_pdrop=0.0, layer_norm_epsilon=1e-5,
+            activation_function="gelu_new" if c.activation == "gelu_tanh" else "gelu")
+        tensors, texts = gpt2_tensors(model), {}
+        head = "lm_head.weight"
+    else:
+        own = {f.name: getattr(c, f.name) for f in fields(train.GPTConfig)}
+        config |= own | dict(
+            architectures=["ExportedGPT"], model_type="exported_gpt", use_cache=False,
+            auto_map=dict(AutoConfig="modeling_gpt.ExportedConfig", AutoModelForCausalLM="modeling_gpt.ExportedGPT"))
+        tensors, texts = {f"gpt.{name}": tensor for name, tensor in model.state_dict().items()}, {
+            "modeling_gpt.py": modeling_source()}
+        head = "gpt.head.weight"
+    if c.tied_head:
+        del tensors[head]
+    return texts | {"config.json": json.dumps(config, indent=1)}, tensors
+
+
+def byte_letters():
+    """GPT-2's printable stand-in for each byte, a list of 256: itself where it is printable Latin-1."""
+    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def merge_of(token, ranks):
+    """The two tokens whose merge makes this one: byte-pair encoding it, but for its own rank, leaves these.
+
+    >>> merge_of(b"abc", {b"a": 0, b"b": 1, b"c": 2, b"bc": 3, b"abc": 4})
+    (b'a', b'bc')
+    """
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:], strict=False)]
+        i = pairs.index(min(pairs))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts)
+
+
+def tokenizer_files(tokenizer, block_size):
+    """The tokenizer in transformers' files, a dict of texts by name; empty where it has none for this kind."""
+    letters, kind = byte_letters(), tokenizer.spec["kind"]
+    about = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=block_size,
+                 clean_up_tokenization_spaces=False)
+    by_byte = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    if tokenizer.spec == dict(kind="tiktoken", encoding="gpt2"):
+        encoding = tokenizer.encoding
+        ranks = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
+        spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+        merges = [merge_of(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+        return {
+            "vocab.json": json.dumps({spelled[token]: i for token, i in ranks.items()} | {prepare.EOT: tokenizer.eot}),
+            "merges.txt": "#version: 0.2\n" + "".join(f"{spelled[a]} {spelled[b]}\n" for a, b in merges),
+            "tokenizer_config.json": json.dumps(about | dict(
+                tokenizer_class="GPT2Tokenizer", add_prefix_space=False, bos_token=prepare.EOT, eos_token=prepare.EOT,
+                unk_token=prepare.EOT))}
+    if kind == "byte":
+        parts = dict(model=dict(type="BPE", vocab={letter: i for i, letter in enumerate(letters)}, merges=[]),
+                     pre_tokenizer=by_byte, decoder=by_byte)
+    elif kind == "char":
+        each = dict(type="Split", pattern=dict(Regex=r"[\s\S]"), behavior="Isolated", invert=False)
+        vocab = {char: i for i, char in enumerate(tokenizer.chars)}
+        parts = dict(model=dict(type="WordLevel", vocab=vocab, unk_token=""), pre_tokenizer=each,
+                     decoder=dict(type="Fuse"))
+    else:
+        return {}
+    blank = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    return {"tokenizer.json": json.dumps(dict(version="1.0", added_tokens=[]) | blank | parts),
+            "tokenizer_config.json": json.dumps(about)}
+
+
+def export(s):
+    """Write the model as a new folder, whole or not at all. Raises UserError and prepare.UserError."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("writing safetensors needs safetensors: pip install safetensors") from None
+    folder = Path(os.path.abspath(s.export))
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"export={s.export} is there and not an empty folder: name a new one")
+    model, tokenizer = load(s)
+    texts, tensors = model_files(model, tokenizer)
+    texts |= (about_text := tokenizer_files(tokenizer, model.config.block_size))
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8", newline="\n")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "model.safetensors",
+                  metadata={"format": "pt"})
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # safetensors hides it from others
+        if folder.exists():
+            folder.rmdir()  # it is empty; Windows would not replace it
+        os.replace(temporary, folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot write export={s.export} ({getattr(error, 'strerror', None) or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    how = "GPT2LMHeadModel" if is_gpt2(model.config) else "AutoModelForCausalLM with trust_remote_code=True"
+    show(f"{s.export}: {', '.join(sorted([*texts, 'model.safetensors']))}; transformers loads it as {how}\n")
+    if not about_text:
+        complain(f"note: transformers has no file for the tokenizer {tokenizer.spec['encoding']}: it is left out")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -311,19 +616,9 @@ class Writer:
     """A model, its tokenizer and the way to draw: it goes on from starts, on standard output."""
 
     def __init__(self, s):
-        path = Path(s.ckpt or Path(s.out_dir) / "best.pt")
-        if not s.ckpt and not os.path.exists(path):
-            path = Path(s.out_dir) / "ckpt.pt"
-        checkpoint = train.load_checkpoint(path)
-        self.tokenizer = prepare.tokenizer_from_spec(checkpoint["tokenizer"])
-        self.model = train.model_from_checkpoint(checkpoint, path)
-        V = self.model.config.vocab_size
-        if self.tokenizer.vocab_size > V:
-            raise UserError(f"{path}: its tokenizer has {self.tokenizer.vocab_size} tokens, its model {V}: train anew")
-        hardware = train.Settings(device=s.device, dtype=s.dtype)
-        self.device = train.join_world(hardware).device
-        self.model.compute_dtype = train.choose_dtype(hardware, self.device)
-        self.model.to(self.device, self.model.compute_dtype)  # once here, or every layer would do it at every token
+        self.model, self.tokenizer = load(s)
+        self.device, V = place(self.model, s), self.model.config.vocab_size
+        self.model.to(self.model.compute_dtype)  # once here, or every layer would do it at every token
         blank = [i for i in range(V) if not self.tokenizer.decode_bytes([i])]  # gaps, and rows beyond the vocabulary
         self.drawing = dict(
             forbidden=torch.tensor(blank, device=self.device) if blank else None,
@@ -390,6 +685,10 @@ class Writer:
 def run(s):
     """Write what the settings ask for. Raises UserError and prepare.UserError."""
     check(s)
+    if s.export:
+        return export(s)
+    if s.score:
+        return score(s)
     starts = [] if s.interactive else [read_start(s.start)]
     if s.per_line:
         starts = [line for line in starts[0].split("\n") if line.strip()]

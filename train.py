@@ -6,6 +6,7 @@
     python train.py config/train_char.py --device=cuda      # 10.8M parameters, one GPU
     torchrun --nproc_per_node=4 train.py                    # four processes: the same curve, sooner
     python train.py --init_from=resume                      # go on exactly where the last run stopped
+    python train.py config/finetune_gpt2.py                 # GPT-2, fetched once, on your gpt2-tokenized text
     python train.py --help                                  # every setting, its default and its reason
 
 Every run writes out/ckpt.pt (latest), out/best.pt (best validation loss) and out/log.jsonl.
@@ -101,7 +102,10 @@ class Settings(GPTConfig):
     # files
     dataset: str = setting("char", "folder below data/ that prepare.py wrote, or a path to one")
     out_dir: str = setting("out", "folder of checkpoints and log")
-    init_from: str = setting("scratch", "start anew, or go on from out_dir/ckpt.pt", ("scratch", "resume"))
+    init_from: str = setting("scratch", "start anew; resume: go on from out_dir/ckpt.pt; gpt2, gpt2-medium, "
+                                        "gpt2-large, gpt2-xl, distilgpt2 or a path to such files: finetune GPT-2")
+    train_last: int = setting(0, "train only this many of the last blocks, the last normalization and an untied head; "
+                                 "0 is everything", least=0)
     # batch
     batch_size: int = setting(12, "sequences in one forward and backward pass of one process", least=1, below=10**6)
     gradient_accumulation_steps: int = setting(1, "times batch_size is the global batch of all processes", least=1,
@@ -282,6 +286,8 @@ def check(s):
     if s.position == "rope" and s.n_embd // s.n_head % 2:
         raise UserError(f"position=rope needs an even head size, n_embd={s.n_embd} / n_head={s.n_head} is odd: "
                         f"choose another n_head, or --position=learned")
+    if getattr(s, "train_last", 0) > s.n_layer:
+        raise UserError(f"train_last={s.train_last} is more than there are blocks: at most --train_last={s.n_layer}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -557,15 +563,24 @@ def orthogonalize_together(updates, chunks, dtype):
             for u, d in zip(updates, done.split(chunks), strict=False)]
 
 
+def freeze(model, train_last):
+    """Keep embeddings and all but the last blocks as they are: no gradient, no optimizer state. 0 freezes nothing."""
+    for part in (model.wte, model.wpe, *model.blocks[:-train_last]) if train_last else ():
+        if part is not None:
+            part.requires_grad_(False)
+
+
 def make_optimizers(model, s, device):
-    """The optimizers of a run, as a list; every parameter is in exactly one group of one of them."""
-    matrices = {n: p for n, p in model.blocks.named_parameters() if p.ndim == 2} if s.optimizer == "muon" else {}
+    """The optimizers of a run, as a list; every parameter that learns is in exactly one group of one of them."""
+    learning = [(n, p) for n, p in model.blocks.named_parameters() if p.requires_grad]
+    matrices = {n: p for n, p in learning if p.ndim == 2} if s.optimizer == "muon" else {}
     taken = {id(p) for p in matrices.values()}
-    rest = [p for p in model.parameters() if id(p) not in taken]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=s.weight_decay),
               dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=s.learning_rate, betas=(s.beta1, s.beta2),
-                                    fused=device.type in ("cuda", "cpu", "mps"))]
+    groups = [g for g in groups if g["params"]]
+    optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2),
+                                    fused=device.type in ("cuda", "cpu", "mps"))] if groups else []
     if matrices:
         groups = [dict(params=[p for n, p in matrices.items() if n.endswith("qkv.weight")], chunks=3),
                   dict(params=[p for n, p in matrices.items() if not n.endswith("qkv.weight")], chunks=1)]
@@ -1051,6 +1066,156 @@ def set_aside(out):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# GPT-2 from files in Hugging Face's layout: the same model with other names, its matrices transposed.
+
+HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+HUB["distilgpt2"] = "distilbert/distilgpt2"
+GPT2_NAMES = {"blocks.": "h.", "norm1": "ln_1", "norm2": "ln_2", "norm.": "ln_f.", "qkv": "c_attn", "proj": "c_proj",
+              "fc": "c_fc", "head": "lm_head"}
+GPT2_CONFIG = {  # what its config.json may say, the default first; whatever else it says does not change the numbers
+    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"), "n_inner": (None,),
+    "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True, False), "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+}
+
+
+def gpt2_name(name):
+    """What GPT-2's files call one of our parameters, and whether it lies transposed there.
+
+    >>> gpt2_name("blocks.3.attn.qkv.weight")
+    ('h.3.attn.c_attn.weight', True)
+    """
+    for ours, theirs in GPT2_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name, ".c_" in name and name.endswith("weight")
+
+
+def fetch_gpt2(name):
+    """The folder of a published GPT-2, fetched by one process of a machine while the others wait. Raises UserError."""
+    folder = Path("data/hub", name)
+    while not (folder / "model.safetensors").exists():  # the last of its files
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(0.2)  # should the fetching fail, torchrun ends those that wait
+            continue
+        try:
+            import prepare  # the downloader is there, and nothing else here needs it
+            prepare.fetch_from_hub(HUB[name], ("config.json", "model.safetensors"), folder)
+        except ImportError:
+            raise UserError(f"fetching {name} needs prepare.py beside train.py, or --init_from=FOLDER") from None
+        except prepare.UserError as error:
+            raise UserError(f"{name} could not be fetched: {error}; a copy of its files will do: "
+                            "--init_from=FOLDER") from None
+    return folder
+
+
+def read_tensors(path):
+    """The tensors of a .safetensors file or a pytorch_model.bin, by name, on the CPU. Runs no code from the file."""
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise UserError(f"reading {path} needs safetensors: pip install safetensors") from None
+        return load_file(path)
+    if zipfile.is_zipfile(path):  # as in load_checkpoint; older files are bare pickles
+        with zipfile.ZipFile(path) as archive:
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+            if not stored or archive.testzip() is not None:
+                raise ValueError("wrong checksum")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of strange pickles: they are refused, or read all the same
+        tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * path.stat().st_size:
+        raise ValueError("views that claim more than there is")
+    return tensors
+
+
+def read_gpt2(name):
+    """GPT-2 by its name on the hub, or from a folder or file, as a dict like a checkpoint's. Raises UserError.
+
+    It has format, step, config, tokenizer and model; what a run would go on from, it lacks.
+    """
+    if name not in HUB and not os.path.exists(name):
+        near = difflib.get_close_matches(name.lower(), ["scratch", "resume", *HUB], 1)
+        hint = f"did you mean {near[0]}?" if near else f"GPT-2's names are {', '.join(HUB)}"
+        raise UserError(f"init_from={name} is neither scratch, resume, a GPT-2 nor a path that is there: {hint}")
+    path = fetch_gpt2(name) if name in HUB else Path(name)
+    if path.is_dir():
+        path /= "pytorch_model.bin" if not (path / "model.safetensors").exists() else "model.safetensors"
+    where = path.with_name("config.json")
+    try:
+        theirs = {key: known[0] for key, known in GPT2_CONFIG.items()} | json.loads(where.read_text(encoding="utf-8"))
+        for key, known in GPT2_CONFIG.items():
+            if theirs[key] not in known and (key, theirs[key]) != ("n_inner", 4 * theirs.get("n_embd", 0)):
+                raise UserError(f"{where}: {key}={str(theirs[key])[:40]} cannot be had here, only "
+                                f"{' or '.join(map(str, known))}")
+        theirs["block_size"] = theirs["n_positions"]
+        sizes = {spec.name: convert(spec, theirs[spec.name], where) for spec in fields(GPTConfig)
+                 if spec.name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
+        config = Settings(**sizes, activation="gelu" if theirs["activation_function"] == "gelu" else "gelu_tanh",
+                          tied_head=theirs["tie_word_embeddings"], position="learned", norm="layernorm",
+                          norm_weight=True, bias=True, qk_norm=False, zero_init=False)
+        check(config)
+        model = gpt2_weights(read_tensors(path), config, path)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"init_from={name}: cannot read {error.filename or path}: {error.strerror or error}") from None
+    except Exception as error:  # json, safetensors, zipfile and torch.load raise many kinds for what is hostile
+        reason = f"{type(error).__name__}: {' '.join(str(error).split('. ')[0].split())[:100]}"
+        raise UserError(f"init_from={name}: {path} and config.json are damaged, or not GPT-2 in Hugging Face's layout "
+                        f"({reason}); nothing was run") from None
+    tokenizer = theirs.get("tokenizer_spec", dict(kind="tiktoken", encoding="gpt2"))  # sample.py --export notes it
+    return dict(format=1, step=0, config=asdict(config), tokenizer=tokenizer, model=model)
+
+
+def gpt2_weights(tensors, config, path):
+    """Our GPT's state dict out of GPT-2's tensors. Raises UserError for one too many, too few or of another shape."""
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()
+               if not re.search(r"\.attn\.(masked_)?bias$", name)}  # constants that old versions saved
+    head = tensors.pop("lm_head.weight", None) if config.tied_head else None
+    if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
+        raise UserError(f"{path}: lm_head.weight is not wte.weight, though config.json ties them")
+    with torch.device("meta"):  # takes no memory before it is known to fit
+        wanted = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    weights = {}
+    for ours, shape in wanted.items():
+        if ours == "head.weight" and config.tied_head:
+            weights[ours] = weights["wte.weight"]
+            continue
+        name, transposed = gpt2_name(ours)
+        shape = tuple(reversed(shape)) if transposed else tuple(shape)
+        if name not in tensors:
+            raise UserError(f"{path}: there is no tensor {name}, which has shape {shape} in such a model")
+        tensor = tensors.pop(name)
+        rows = slice(config.vocab_size) if ours in ("wte.weight", "head.weight") else ...  # without padding
+        if tensor.ndim != len(shape) or tensor[rows].shape != shape or not tensor.is_floating_point():
+            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)} ({tensor.dtype}), but by its "
+                            f"config.json {shape}")
+        weights[ours] = (tensor.T if transposed else tensor[rows]).float().contiguous()
+    for name, tensor in tensors.items():
+        raise UserError(f"{path}: the tensor {str(name)[:80]} of shape {tuple(tensor.shape)} has no place in GPT-2")
+    return weights
+
+
+def fit_gpt2(s, checkpoint):
+    """Cut the positions and pad the rows of what read_gpt2 returned to the settings. UserError if they contradict."""
+    before, weights = checkpoint["config"], checkpoint["model"]
+    if read_meta(s)[1]["tokenizer"] != checkpoint["tokenizer"]:
+        raise UserError(f"dataset={s.dataset} has another tokenizer than the model to start from: `python prepare.py "
+                        "--tokenizer=gpt2` makes data/gpt2 for GPT-2")
+    free = ("dropout", "recompute", "vocab_multiple")
+    for key in (f.name for f in fields(GPTConfig) if f.name not in free):
+        if getattr(s, key) != before[key] and not (key == "block_size" and s.block_size < before[key]):
+            raise UserError(f"{key}={getattr(s, key)} does not fit init_from={s.init_from}, which has {before[key]}: "
+                            "leave it out")
+    weights["wpe.weight"] = weights["wpe.weight"][:s.block_size]
+    if missing := -s.vocab_size % s.vocab_multiple:
+        for key in ("wte.weight", "head.weight"):
+            weights[key] = F.pad(weights[key], (0, 0, 0, missing))
+    checkpoint["config"] = asdict(s)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Schedule and evaluation.
 
 
@@ -1123,6 +1288,12 @@ class Log:
     def elapsed(self):
         """Seconds since the run was launched, its earlier parts included."""
         return time.time() - self.launched
+
+    def start(self, val_loss, bits_per_byte):
+        """Write the line of step 0: what the weights that a run starts from are worth."""
+        if self.path is not None:
+            append_line(self.path, json.dumps(dict(step=0, val_loss=val_loss, bits_per_byte=bits_per_byte)))
+            tell(f"{0:8d}{val_loss:16.4f}")
 
     def line(self, step, max_iters, loss, val_loss, bits_per_byte, lr, grad_norm, tokens_per_second):
         """Write one line; val_loss and bits_per_byte are None where nothing was evaluated."""
@@ -1219,8 +1390,9 @@ def check_continued(s, checkpoint):
     if read_meta(s)[1]["tokenizer"] != checkpoint["tokenizer"]:
         raise UserError(f"dataset={s.dataset} has another tokenizer than the checkpoint: resume with the data it was "
                         "trained on, or train anew with another --out_dir")
-    for key in [f.name for f in fields(GPTConfig) if f.name not in ("dropout", "recompute")] + ["optimizer"]:
-        if getattr(s, key) != (before := checkpoint["config"][key]):
+    free = ("dropout", "recompute")
+    for key in [f.name for f in fields(GPTConfig) if f.name not in free] + ["optimizer", "train_last"]:
+        if getattr(s, key) != (before := checkpoint["config"].get(key, getattr(Settings, key))):
             raise UserError(f"{key}={getattr(s, key)} cannot be changed on resume: the checkpoint has {before}. "
                             "Leave it out, or train anew with another --out_dir")
 
@@ -1247,12 +1419,14 @@ def out_of_memory(s):
     """What to say of settings that did not fit into the memory."""
     with torch.device("meta"):  # counts without allocating
         model = GPT(s)
-    total, matrices = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks))
+    freeze(model, s.train_last)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    total, matrices = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (model, model.blocks))
     states = 2 * total - (matrices if s.optimizer == "muon" else 0)  # AdamW keeps two numbers a parameter, Muon one
-    return (f"out of memory: parameters, gradients and optimizer state take {4 * (2 * total + states) / 2**30:.2f} GiB "
-            f"in this run; the rest grows with batch_size={s.batch_size} (halve it and double "
-            f"gradient_accumulation_steps: the curve stays), block_size={s.block_size}, n_layer={s.n_layer} and "
-            f"n_embd={s.n_embd}")
+    return (f"out of memory: parameters, gradients and optimizer state take "
+            f"{4 * (frozen + 2 * total + states) / 2**30:.2f} GiB in this run; the rest grows with "
+            f"batch_size={s.batch_size} (halve it and double gradient_accumulation_steps: the curve stays), "
+            f"block_size={s.block_size}, n_layer={s.n_layer} and n_embd={s.n_embd}")
 
 
 def announce(s, world, meta, model):
@@ -1302,13 +1476,14 @@ class Run:
         self.model.compute_dtype = choose_dtype(s, world.device)
         try:
             if checkpoint:
-                self.model.load_state_dict(checkpoint["model"])
+                self.model.load_state_dict(checkpoint.pop("model"))  # popped, so that its memory is free for training
+            freeze(self.model, s.train_last)
             if s.parallel == "fsdp" and world.size > 1:
                 shard(self.model, world)
             self.model.to(world.device)
             self.optimizers = make_optimizers(self.model, s, world.device)
             self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.model.compute_dtype == torch.float16)
-            if checkpoint:
+            if goes_on(checkpoint):
                 self.restore(checkpoint)
         except Exception as error:
             if not checkpoint or is_out_of_memory(error):
@@ -1384,7 +1559,7 @@ def train(s, world, checkpoint=None):
     s.vocab_size = s.vocab_size or meta["vocab_size"]
     check_data(s, splits, meta)
     writes = world.rank == 0 and not s.eval_only
-    with claim(Path(s.out_dir), anew=checkpoint is None) if writes else nullcontext():
+    with claim(Path(s.out_dir), anew=not goes_on(checkpoint)) if writes else nullcontext():
         run = Run(s, meta, world, checkpoint)
         steps = world.total(torch.tensor(run.progress.step, dtype=torch.float64)).item()
         if steps != run.progress.step * world.size:
@@ -1408,6 +1583,9 @@ def fit(run, splits, s, world):
     peak = peak_flops(world.device, model.compute_dtype)
     log = Log(out, world, progress, peak and peak * world.size / model.flops_per_token())
     stop, stopping = StopSignal(), False
+    if progress.step == 0 and s.init_from not in ("scratch", "resume"):
+        val_loss = evaluate(compiled, splits["val"], s, world)
+        log.start(val_loss, val_loss * run.bits_per_byte)
     recent = []  # loss and gradient norm of the latest steps, still on the device
     began = saved = time.monotonic()
     while progress.step < s.max_iters and not stopping:
@@ -1456,7 +1634,18 @@ def configure(argv):
     check(s)
     if s.init_from == "resume" or belongs_to_this_job(Path(s.out_dir)):
         return resume(s, argv)
-    return s, None
+    if s.init_from == "scratch":
+        return s, None
+    checkpoint = read_gpt2(s.init_from)
+    s = override(Settings(**checkpoint["config"]), argv)
+    check(s)
+    fit_gpt2(s, checkpoint)
+    return s, checkpoint
+
+
+def goes_on(checkpoint):
+    """Whether a checkpoint, or None, is of a run to go on with, and not GPT-2's weights alone."""
+    return checkpoint is not None and "optimizer" in checkpoint
 
 
 def resume(s, argv):
@@ -1476,7 +1665,7 @@ def resume(s, argv):
             check(settings)
             check_continued(settings, checkpoint)
         except UserError as error:
-            refused = error if path.exists() or refused is None else refused
+            refused = error if os.path.exists(path) or refused is None else refused
             continue
         if refused:
             tell(f"note: {refused}; going on from {name}, step {checkpoint['step']}", "stderr")

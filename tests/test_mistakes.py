@@ -88,7 +88,13 @@ TRAIN = [
     ("--dtype=int4", ["dtype=int4", "bfloat16"]),
     ("--compile=maybe", ["compile=maybe", "auto"]),
     ("--optimizer=sgd", ["optimizer=sgd", "muon"]),
-    ("--init_from=gpt2", ["init_from=gpt2", "resume"]),
+    ("--init_from=gpt3", ["init_from=gpt3", "gpt2"]),
+    ("--init_from=again", ["init_from=again", "resume", "distilgpt2"]),
+    ("--init_from=good.txt", ["config.json", "No such file"]),
+    ("--init_from=hollow", ["hollow", "config.json"]),
+    ("--init_from=gpt-like", ["gpt-like/config.json", "model_type=llama", "gpt2"]),
+    ("--train_last=2", ["train_last=2", "--train_last=1"]),
+    ("--train_last=-1", ["train_last=-1", "at least 0"]),
     ("--seed=-1", ["seed=-1", "at least 0"]),
     ("--seed=1e30", ["seed=", "whole number"]),
     ("--vocab_size=3", ["vocab_size=3", "leave it out"]),
@@ -120,6 +126,7 @@ TRAIN = [
     ("--init_from=resume --n_embd=64", ["n_embd=64", "has 32", "--out_dir"]),
     ("--init_from=resume --optimizer=adamw", ["optimizer=adamw", "has muon"]),
     ("--init_from=resume --dataset=short", ["dataset=short", "tokenizer"]),
+    ("--init_from=resume --train_last=1", ["train_last=1", "has 0"]),
 ]
 SAMPLE = [
     ("--out_dir=absent", ["absent", "train.py"]),
@@ -156,6 +163,22 @@ SAMPLE = [
     ("--dtype=int4", ["dtype=int4", "float32"]),
     ("--temprature=1", ["temprature", "temperature"]),
     ("--interactive --start=a", ["interactive", "--start"]),
+    ("--init_from=gpt3", ["init_from=gpt3", "gpt2"]),
+    ("--init_from=scratch", ["init_from=scratch", "--init_from=gpt2"]),
+    ("--init_from=hollow", ["hollow", "config.json"]),
+    ("--init_from=gpt-like", ["gpt-like/config.json", "model_type=llama"]),
+    ("--init_from=hollow --ckpt=out/ckpt.pt", ["init_from=hollow", "ckpt=out/ckpt.pt"]),
+    ("--export=hollow/../out", ["export=hollow/../out", "new"]),
+    ("--export=good.txt", ["export=good.txt", "new"]),
+    (f"--export={LONG}", [LONG[:100]]),
+    ("--export=new --out_dir=absent", ["absent", "train.py"]),
+    ("--export=new --score=good.txt", ["--export", "--score", "one"]),
+    ("--score=missing.txt", ["missing.txt", "path"]),
+    ("--score=hollow", ["hollow", "path"]),
+    ("--score=empty.txt", ["empty.txt"]),
+    ("--score=latin.txt", ["latin.txt", "0xe9", "offset 6"]),
+    ("--score=percent.txt", ["'%'", "--tokenizer=byte"]),
+    ("--score=good.txt --start=a", ["--score", "--start"]),
     ("hello", ["hello", "--key=value"]),
     ("out/ckpt.pt", ["ckpt.pt:1", "key = value"]),
 ]
@@ -184,7 +207,7 @@ def folder(tmp_path_factory):
         project.dataset("float", "all of it" * 10, dtype="float64")
         with open(project.dataset("cut", "all of it" * 10) / "train.bin", "ab") as file:
             file.write(b"more")
-        for name in ("hollow", "data/hollow", "folder/ckpt.pt", "text"):
+        for name in ("hollow", "data/hollow", "folder/ckpt.pt", "text", "gpt-like"):
             (path / name).mkdir(parents=True)
         noise = random.Random(1).randbytes(500)
         for name, data in {
@@ -192,6 +215,7 @@ def folder(tmp_path_factory):
             "binary.dat": b"GIF8\0" + noise,
             "latin.txt": "voilà é".encode("latin-1").replace(b"\xe0", b"a") + b"\n", "cut.txt": b"ab\xe6\x97",
             "utf16.txt": "text".encode("utf-16"), "fake.zip": b"no archive", "fake.txt.gz": b"no archive",
+            "gpt-like/config.json": b'{"model_type": "llama"}', "percent.txt": b"a cat %\n",
             "text/ckpt.pt": b"no checkpoint", "data/hollow/meta.json": b"",
             "calls.py": b"n_layer = 3\nn_head = int('4')\n", "null.py": b"out_dir = 'a\\0b'\n",
         }.items():

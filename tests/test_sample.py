@@ -119,9 +119,16 @@ MODELS = [
           ("rope", "learned", "none"), ("rmsnorm", "layernorm"), (False, True), (False, True), (False, True))),
     *(dict(position=position, **rest) for position, rest in product(("rope", "learned", "none"), (
         dict(activation="relu2"), dict(activation="gelu"), dict(activation="gelu_tanh"), dict(tied_head=True),
-        dict(n_layer=0), dict(n_layer=1), dict(block_size=1), dict(block_size=2), dict(block_size=7),
-        dict(vocab_multiple=64), dict(n_head=1), dict(n_head=4, n_embd=32)))),
+        dict(recompute=True), dict(n_layer=0), dict(n_layer=1), dict(block_size=1), dict(block_size=2),
+        dict(block_size=7), dict(vocab_multiple=64), dict(n_head=1), dict(n_head=4, n_embd=32)))),
 ]
+
+
+def test_every_choice_of_a_model_setting_is_among_them():
+    for setting in fields(train.GPTConfig):
+        kind = type(setting.default)
+        choices = setting.metadata["choices"] or ([True] if kind is bool and setting.name != "zero_init" else [])
+        assert set(choices) <= {config.get(setting.name) for config in MODELS}, setting.name
 
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda config: "-".join(map(str, config.values())))
@@ -273,6 +280,22 @@ def test_draws_follow_the_reference_distribution(options):
     counts = np.bincount(drawn.numpy(), minlength=6)
     assert not counts[expected == 0].any()
     assert np.all(abs(counts / n - expected) < 5 * np.sqrt(expected * (1 - expected) / n) + 1e-9)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.5, 1.3, 4.0]))
+def test_every_filter_is_transformers_own(seed, strength):
+    process = pytest.importorskip("transformers").generation.logits_process
+    generator = torch.Generator().manual_seed(seed)
+    logits, seen = torch.randn(3, 40, generator=generator), torch.randint(40, (3, 5), generator=generator)
+    p = strength / 5
+    for ours, theirs in (
+        (sample.keep_top_k(logits, 7), process.TopKLogitsWarper(7)),
+        (sample.keep_top_p(logits, p), process.TopPLogitsWarper(p)),
+        (sample.keep_min_p(logits, p), process.MinPLogitsWarper(p)),
+        (sample.penalize_repetition(logits, torch.zeros(3, 40, dtype=torch.bool).scatter(1, seen, True), strength),
+         process.RepetitionPenaltyLogitsProcessor(strength)),
+    ):
+        torch.testing.assert_close(ours, theirs(seen, logits.clone()))
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-300, 1e-30, 1e-5])
