@@ -1,13 +1,16 @@
 """Several processes: the same curve as one, one log, checkpoints that either goes on from, and an end for all."""
 import contextlib
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
+from functools import partial
+from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,38 +42,50 @@ def finish(process):
     return out
 
 
+def one_of_many(rank, count, port, folder, written, argv, patch):
+    """What each of processes() does: torchrun's variables, then train.py."""
+    status = 99
+    try:
+        os.chdir(folder)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+        sys.stdout = sys.stderr = open(written, "a", encoding="utf-8", buffering=1)
+        torch.set_num_threads(1)
+        if patch:
+            patch(rank)
+        status = train.main([*TINY, *argv])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
 def processes(count, *argv, patch=None):
-    """Run train.py in `count` processes at once, forked from this one, which has torch loaded already.
+    """Run train.py in `count` processes at once, forked from a server that has imported it already.
 
     Returns their exit statuses and all that they wrote. `patch(rank)` runs in each of them first. Like an agent of
     torchrun, this process holds the store at which they meet.
     """
-    store, started = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), []
-    with tempfile.TemporaryFile() as written:
-        for rank in range(count):
-            if not (child := os.fork()):
-                status = 99
-                try:
-                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
-                                      LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
-                                      TORCHELASTIC_USE_AGENT_STORE="True")
-                    sys.stdout = sys.stderr = open(os.dup(written.fileno()), "w", encoding="utf-8", buffering=1)
-                    if patch:
-                        patch(rank)
-                    status = train.main([*TINY, *argv])
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(status)
-            started.append(child)
-        try:
-            statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in started]
-        except BaseException:  # such as Ctrl-C
-            for child in started:
-                os.kill(child, signal.SIGKILL)
-            raise
-        written.seek(0)
-        return statuses, written.read().decode("utf-8", "replace")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_distributed", "torch._dynamo", "torch.distributed.checkpoint.state_dict"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # else it finds nothing to load
+        forkserver.ensure_running()
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    written = Path("written.txt").resolve()
+    written.unlink(missing_ok=True)
+    started = [context.Process(target=one_of_many, args=(
+        rank, count, store.port, os.getcwd(), written, argv, patch)) for rank in range(count)]
+    try:
+        for process in started:
+            process.start()
+        deadline = time.monotonic() + 120
+        for process in started:
+            process.join(max(0, deadline - time.monotonic()))
+        return [process.exitcode for process in started], written.read_text("utf-8", "replace")
+    finally:
+        for process in started:
+            process.kill()
 
 
 def train_together(count, *argv):
@@ -92,7 +107,7 @@ def assert_same_curve(project, one, many, tolerance=1e-4):
             assert a["val_loss"] == pytest.approx(b["val_loss"], abs=tolerance)
 
 
-forked = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="no fork after importing torch")
+forked = pytest.mark.skipif(sys.platform != "linux", reason="forks with torch imported, which others do not bear")
 FIFTY = ["--max_iters=50", "--eval_interval=25", "--log_interval=1"]
 BATCHES = {"even": ["--batch_size=4", "--gradient_accumulation_steps=6"],
            "uneven": ["--batch_size=2", "--gradient_accumulation_steps=7"]}
@@ -132,23 +147,25 @@ def test_sharded_processes_draw_the_same_curve(project, batch):
         many["best_val_loss"], abs=1e-5)
 
 
+def count_what_is_held(rank):
+    """Have a process print the numbers that it holds of weights, gradients and the optimizer's state."""
+    real = train.update
+
+    def update(model, optimizers, *args):
+        p = list(model.parameters())
+        print("weights", *(sum(x.to_local().numel() for x in y) for y in (p, [x.grad for x in p])))
+        norm = real(model, optimizers, *args)
+        print("states", sum(v.to_local().numel() for o in optimizers for state in o.state.values()
+                            for v in state.values() if v.ndim))
+        return norm
+    train.update = update
+
+
 @several
 @forked
 def test_a_sharded_process_holds_its_part_alone(project):
     """Of weights, gradients and the optimizer's numbers: a fourth each, but for what four do not divide."""
-    def count(rank):
-        real = train.update
-
-        def update(model, optimizers, *args):
-            p = list(model.parameters())
-            print("weights", *(sum(x.to_local().numel() for x in y) for y in (p, [x.grad for x in p])))
-            norm = real(model, optimizers, *args)
-            print("states", sum(v.to_local().numel() for o in optimizers for state in o.state.values()
-                                for v in state.values() if v.ndim))
-            return norm
-        train.update = update
-
-    statuses, written = processes(4, "--max_iters=1", "--n_layer=2", "--parallel=fsdp", patch=count)
+    statuses, written = processes(4, "--max_iters=1", "--n_layer=2", "--parallel=fsdp", patch=count_what_is_held)
     assert statuses == [0] * 4, written
     blocks, rest = 2 * 12 * 32 * 32, 2 * 23 * 32  # 23 characters
     found = [line.split() for line in written.splitlines()]
@@ -182,24 +199,26 @@ def test_another_number_of_processes_goes_on_with_the_curve(project, first, then
     assert shapes(project.checkpoint()) == shapes(project.checkpoint("whole"))
 
 
+def count_matrices(rank):
+    """Have process 0 print how many matrices it has orthogonalized so far."""
+    real, done = train.orthogonalize, []
+
+    def orthogonalize(matrices, dtype):
+        done.append(len(matrices))
+        if rank == 0:
+            print("matrices", sum(done))
+        return real(matrices, dtype)
+    train.orthogonalize = orthogonalize
+
+
 @several
 @forked
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_each_process_orthogonalizes_its_share_alone(project, parallel):
     """Two blocks have ten square matrices in two stacks, eight times two wide ones: no process does more than half."""
-    def count(rank):
-        real, done = train.orthogonalize, []
-
-        def orthogonalize(matrices, dtype):
-            done.append(len(matrices))
-            if rank == 0:
-                print("matrices", sum(done))
-            return real(matrices, dtype)
-        train.orthogonalize = orthogonalize
-
     run = ["--n_layer=2", "--max_iters=1", f"--parallel={parallel}"]
     for size, expected in ((1, 2 * (3 + 1 + 2)), (2, 3 + 1 + 2), (3, 3 + 1 + 2 * (2 if parallel == "ddp" else 1))):
-        statuses, written = processes(size, *run, f"--out_dir={size}", patch=count)
+        statuses, written = processes(size, *run, f"--out_dir={size}", patch=count_matrices)
         assert statuses == [0] * size, written
         found = [int(line.split()[1]) for line in written.splitlines() if line.startswith("matrices")]
         assert abs(found[-1] - expected) <= (2 if size == 3 else 0), (size, written)
@@ -220,20 +239,23 @@ def test_four_processes_take_every_config_file(project, config):
     assert [line["step"] for line in project.log()][-1] == 2
 
 
-def fails_in(rank, error, others=None):
-    """A patch for processes(): the third update of `rank` raises, those of the others may call `others` instead."""
-    def patch(this):
-        real, calls = train.accumulate_gradients, []
+def fail(this, rank, error, others=None):
+    """The third update of process `rank` raises; those of the others take `others` seconds, if that is given."""
+    real, calls = train.accumulate_gradients, []
 
-        def accumulate_gradients(*args):
-            calls.append(1)
-            if len(calls) == 3 and this == rank:
-                raise error
-            if len(calls) == 3 and others:
-                others()
-            return real(*args)
-        train.accumulate_gradients = accumulate_gradients
-    return patch
+    def accumulate_gradients(*args):
+        calls.append(1)
+        if len(calls) == 3 and this == rank:
+            raise error
+        if len(calls) == 3 and others:
+            time.sleep(others)
+        return real(*args)
+    train.accumulate_gradients = accumulate_gradients
+
+
+def fails_in(rank, error, others=None):
+    """A patch for processes()."""
+    return partial(fail, rank=rank, error=error, others=others)
 
 
 @several
@@ -254,7 +276,7 @@ def test_the_first_failure_is_said_once_and_stops_all(project, rank, parallel):
 def test_a_process_that_waits_for_a_failed_one_ends_too(project):
     """Here they sleep, as they would in a collective operation that does not notice."""
     began = time.monotonic()
-    statuses, written = processes(3, patch=fails_in(1, train.RunFailed("no more ink"), lambda: time.sleep(1000)))
+    statuses, written = processes(3, patch=fails_in(1, train.RunFailed("no more ink"), 1000))
     assert statuses == [1] * 3 and time.monotonic() - began < 60
     assert written.count("no more ink") == written.count("train.py: ") == 1, written
 
@@ -274,15 +296,18 @@ def test_a_bug_in_one_process_shows_its_traceback_alone(project):
     assert all(statuses) and written.count("Traceback") == 1 and "train.py: process 1: ZeroDivisionError" in written
 
 
+def read_another_step(rank):
+    """Have process 1 find another checkpoint than the others."""
+    real = train.load_checkpoint
+    train.load_checkpoint = lambda path: real(path) | (dict(step=7) if rank == 1 else {})
+
+
 @several
 @forked
 def test_processes_that_read_different_checkpoints_are_stopped(project):
     """As where out_dir is not on storage that the machines share."""
-    def patch(rank):
-        real = train.load_checkpoint
-        train.load_checkpoint = lambda path: real(path) | (dict(step=7) if rank == 1 else {})
     project.train("--max_iters=10")
-    statuses, written = processes(2, "--init_from=resume", "--max_iters=20", patch=patch)
+    statuses, written = processes(2, "--init_from=resume", "--max_iters=20", patch=read_another_step)
     assert all(statuses) and written.count("train.py: ") == 1 and "machines share" in written, written
 
 
@@ -427,21 +452,23 @@ def test_sigterm_ends_all_processes_with_a_checkpoint(project):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
 
+def say_when_synchronizing(rank):
+    """Have a process print with each backward pass whether its gradients are synchronized."""
+    real = train.synchronizing
+
+    def synchronizing(model, world, now):
+        print("now" if now else "later")
+        return real(model, world, now)
+    train.synchronizing = synchronizing
+
+
 @several
 @forked
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gradients_are_synchronized_once_a_step(project, parallel):
     """In the last of three passes, whatever a process's share is."""
-    def count(rank):
-        real = train.synchronizing
-
-        def synchronizing(model, world, now):
-            print("now" if now else "later")
-            return real(model, world, now)
-        train.synchronizing = synchronizing
-
     run = ["--max_iters=1", "--batch_size=2", "--gradient_accumulation_steps=5", f"--parallel={parallel}"]
-    statuses, written = processes(2, *run, patch=count)
+    statuses, written = processes(2, *run, patch=say_when_synchronizing)
     assert statuses == [0, 0], written
     assert written.count("later\n") == 4 and written.count("now\n") == 2
 
