@@ -79,6 +79,8 @@ CORPORA = {
     "enwik8": Corpus("the first 100 MB of a Wikipedia dump, markup included", "http://mattmahoney.net/dc/enwik8.zip"),
 }
 
+GPT2S = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+GPT2S["distilgpt2"] = "distilbert/distilgpt2"
 DATA = Path("data")  # in the current directory, as train.py has it
 DOWNLOADS = DATA / "downloads"
 BINS = ("train.bin", "val.bin", "meta.json")  # all that a folder of ours holds
@@ -517,6 +519,24 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def fetch_gpt2(name: str, waits: bool = False) -> Path:
+    """The folder of a published GPT-2, fetched unless it is there, or waited for while another process fetches it.
+
+    Raises UserError for an unknown name, or when it cannot be fetched.
+    """
+    folder = DATA / "hub" / name
+    if name not in GPT2S:
+        near = near_match(name, ["scratch", "resume", *GPT2S]) or f": {', '.join(GPT2S)}"
+        raise UserError(f"neither scratch nor resume, nor a path that is there, nor a GPT-2{near}")
+    while waits and not (folder / "model.safetensors").exists():  # the last of its files
+        time.sleep(0.2)  # should the fetching fail, torchrun ends those that wait
+    try:
+        fetch_from_hub(GPT2S[name], ("config.json", "model.safetensors"), folder)
+    except UserError as error:
+        raise UserError(f"{error}; a copy of its files will do: --init_from=FOLDER") from None
+    return folder
 
 
 def fetch_from_hub(repository: str, names, folder: Path):

@@ -951,18 +951,23 @@ def save_checkpoint(path, checkpoint, keep=None):
         temporary.unlink(missing_ok=True)
 
 
+def check_zip(path):
+    """Raise ValueError for a zip file, as torch.save writes, of which a part has not the checksum that it should."""
+    with zipfile.ZipFile(path) as archive:
+        # compressed it could swell, and what claims to be a folder torch takes for read with nothing read
+        stored = all(e.compress_type == zipfile.ZIP_STORED and e.external_attr == 0 for e in archive.infolist())
+        if not stored or archive.testzip() is not None:
+            raise ValueError("wrong checksum")
+
+
 def load_checkpoint(path):
     """The dict that save_checkpoint wrote, on the CPU. Runs no code from the file. Raises UserError."""
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.save writes a zip file with a checksum of each tensor
-            # compressed it could swell, and what claims to be a folder torch takes for read with nothing read
-            stored = all(e.compress_type == zipfile.ZIP_STORED and e.external_attr == 0 for e in archive.infolist())
-            if not stored or archive.testzip() is not None:
-                raise ValueError("wrong checksum")
+        check_zip(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         held = sum(weight.nbytes for weight in dict(checkpoint)["model"].values())  # views can claim more than there is
-        whole = (checkpoint["format"] == 1 and type(checkpoint["step"]) is int and "tokenizer" in checkpoint
+        whole = (checkpoint["format"] == 1 and type(checkpoint["step"]) is int and {"tokenizer", "optimizer"} <= set(checkpoint)
                  and isinstance(checkpoint["config"], dict) and held <= 2 * path.stat().st_size)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: run `python train.py` first, or name its --out_dir") from None
@@ -1068,8 +1073,6 @@ def set_aside(out):
 # ----------------------------------------------------------------------------------------------------------------------
 # GPT-2 from files in Hugging Face's layout: the same model with other names, its matrices transposed.
 
-HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-HUB["distilgpt2"] = "distilbert/distilgpt2"
 GPT2_NAMES = {"blocks.": "h.", "norm1": "ln_1", "norm2": "ln_2", "norm.": "ln_f.", "qkv": "c_attn", "proj": "c_proj",
               "fc": "c_fc", "head": "lm_head"}
 GPT2_CONFIG = {  # what its config.json may say, the default first; whatever else it says does not change the numbers
@@ -1090,22 +1093,17 @@ def gpt2_name(name):
     return name, ".c_" in name and name.endswith("weight")
 
 
-def fetch_gpt2(name):
-    """The folder of a published GPT-2, fetched by one process of a machine while the others wait. Raises UserError."""
-    folder = Path("data/hub", name)
-    while not (folder / "model.safetensors").exists():  # the last of its files
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(0.2)  # should the fetching fail, torchrun ends those that wait
-            continue
-        try:
-            import prepare  # the downloader is there, and nothing else here needs it
-            prepare.fetch_from_hub(HUB[name], ("config.json", "model.safetensors"), folder)
-        except ImportError:
-            raise UserError(f"fetching {name} needs prepare.py beside train.py, or --init_from=FOLDER") from None
-        except prepare.UserError as error:
-            raise UserError(f"{name} could not be fetched: {error}; a copy of its files will do: "
-                            "--init_from=FOLDER") from None
-    return folder
+def find_gpt2(name):
+    """The folder or file of GPT-2 by its path, or by its name on the hub, from where it is fetched. UserError."""
+    if os.path.exists(name):
+        return Path(name)
+    try:
+        import prepare  # whose downloads these are; nothing else in this file needs it
+        return prepare.fetch_gpt2(name, waits=os.environ.get("LOCAL_RANK", "0") != "0")
+    except ImportError:
+        raise UserError(f"init_from={name} is not there, and to fetch it needs prepare.py beside train.py") from None
+    except prepare.UserError as error:
+        raise UserError(f"init_from={name}: {error}") from None
 
 
 def read_tensors(path):
@@ -1116,11 +1114,8 @@ def read_tensors(path):
         except ImportError:
             raise UserError(f"reading {path} needs safetensors: pip install safetensors") from None
         return load_file(path)
-    if zipfile.is_zipfile(path):  # as in load_checkpoint; older files are bare pickles
-        with zipfile.ZipFile(path) as archive:
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-            if not stored or archive.testzip() is not None:
-                raise ValueError("wrong checksum")
+    if zipfile.is_zipfile(path):  # older files are bare pickles
+        check_zip(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of strange pickles: they are refused, or read all the same
         tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -1134,11 +1129,7 @@ def read_gpt2(name):
 
     It has format, step, config, tokenizer and model; what a run would go on from, it lacks.
     """
-    if name not in HUB and not os.path.exists(name):
-        near = difflib.get_close_matches(name.lower(), ["scratch", "resume", *HUB], 1)
-        hint = f"did you mean {near[0]}?" if near else f"GPT-2's names are {', '.join(HUB)}"
-        raise UserError(f"init_from={name} is neither scratch, resume, a GPT-2 nor a path that is there: {hint}")
-    path = fetch_gpt2(name) if name in HUB else Path(name)
+    path = find_gpt2(name)
     if path.is_dir():
         path /= "pytorch_model.bin" if not (path / "model.safetensors").exists() else "model.safetensors"
     where = path.with_name("config.json")

@@ -340,10 +340,10 @@ def test_a_name_is_fetched_once_and_then_needs_no_network(hub, hub_folder, monke
 
 
 def test_every_name_asks_for_its_repository(hub, monkeypatch):
-    for name, repository in train.HUB.items():
+    for name, repository in prepare.GPT2S.items():
         hub.prefix = f"/{repository}/resolve/main/"
-        train.fetch_gpt2(name)
-    assert len(train.HUB) == 5 and hub.seen[-1][1] == "/cdn/model.safetensors"
+        train.find_gpt2(name)
+    assert len(prepare.GPT2S) == 5 and hub.seen[-1][1] == "/cdn/model.safetensors"
 
 
 def test_a_broken_download_goes_on_where_it_stopped(hub):
@@ -372,12 +372,12 @@ def test_no_network_and_no_such_file_are_one_line(hub, project, monkeypatch):
 def test_one_process_of_a_machine_fetches_and_the_others_wait_for_the_whole_file(hub, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     found = []
-    waiting = threading.Thread(target=lambda: found.append(train.fetch_gpt2("gpt2-medium")), daemon=True)
+    waiting = threading.Thread(target=lambda: found.append(train.find_gpt2("gpt2-medium")), daemon=True)
     waiting.start()
     waiting.join(0.5)
     assert waiting.is_alive() and not hub.seen
     monkeypatch.delenv("LOCAL_RANK")
-    train.fetch_gpt2("gpt2-medium")
+    train.find_gpt2("gpt2-medium")
     waiting.join(10)
     assert found == [Path("data/hub/gpt2-medium")]
 
