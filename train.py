@@ -967,8 +967,9 @@ def load_checkpoint(path):
         check_zip(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         held = sum(weight.nbytes for weight in dict(checkpoint)["model"].values())  # views can claim more than there is
-        whole = (checkpoint["format"] == 1 and type(checkpoint["step"]) is int and {"tokenizer", "optimizer"} <= set(checkpoint)
-                 and isinstance(checkpoint["config"], dict) and held <= 2 * path.stat().st_size)
+        whole = (checkpoint["format"] == 1 and type(checkpoint["step"]) is int and "optimizer" in checkpoint
+                 and "tokenizer" in checkpoint and isinstance(checkpoint["config"], dict)
+                 and held <= 2 * path.stat().st_size)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: run `python train.py` first, or name its --out_dir") from None
     except OSError as error:
