@@ -210,7 +210,10 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         # A command line that is not UTF-8 reaches Python as lone surrogates, which stand for the original bytes.
-        return list(text.encode("utf-8", errors="surrogateescape"))
+        try:
+            return list(text.encode("utf-8", errors="surrogateescape"))
+        except UnicodeEncodeError as error:
+            raise UserError(f"{text[error.start]!r} is half of a character; leave it out") from None
 
     def decode_bytes(self, ids) -> bytes:
         return bytes(i for i in map(int, ids) if 0 <= i < 256)

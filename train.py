@@ -14,7 +14,7 @@ Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabul
 """
 import time
 
-LAUNCHED = time.time()  # before the slow imports, because the time a user waits begins here
+LAUNCHED = time.monotonic()  # before the slow imports, because the time a user waits begins here
 
 import ast
 import contextlib
@@ -24,6 +24,7 @@ import json
 import math
 import operator
 import os
+import pickletools
 import re
 import signal
 import sys
@@ -598,7 +599,7 @@ def read_meta(s):
     folder = Path(s.dataset) if "/" in s.dataset or os.sep in s.dataset else Path("data") / s.dataset
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(plain(path).read_text(encoding="utf-8"))
         dict(meta["tokenizer"]), str(meta["corpus"])
         sizes = [meta["vocab_size"], *(meta[key][split] for key in ("tokens", "bytes") for split in ("train", "val"))]
         bits = dict(uint8=8, uint16=16, uint32=32)[meta["dtype"]]
@@ -625,6 +626,11 @@ def read_meta(s):
     return folder, meta
 
 
+def text_of(meta):
+    """What tells the text of a dataset, and its split, from others."""
+    return [str(meta.get("corpus_sha256")), *(meta["tokens"][split] for split in ("train", "val"))]
+
+
 class Split:
     """The token ids of one split ("train" or "val"), never loaded whole: one file or many shards, indexed as one."""
 
@@ -637,7 +643,7 @@ class Split:
         for shard in shards:
             path, offset = folder / shard["name"], shard["offset"]
             try:
-                file = open(path, "rb", buffering=0)  # held open: what replaces it does not reach a running job
+                file = open(plain(path), "rb", buffering=0)  # held open: what replaces it does not reach a running job
             except OSError as error:
                 raise UserError(f"cannot read {path} ({error.strerror}): run prepare.py again") from None
             size = offset + shard["tokens"] * self.dtype.itemsize
@@ -917,6 +923,7 @@ def synchronizing(model, world, now):
 # Checkpoint: a plain dict of tensors and plain values, written whole or not at all, read without running code.
 
 RUN_FILES = ("ckpt.pt", "ckpt-previous.pt", "best.pt", "log.jsonl")
+PICKLED = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage")  # all a checkpoint needs
 
 
 @dataclass
@@ -951,13 +958,50 @@ def save_checkpoint(path, checkpoint, keep=None):
         temporary.unlink(missing_ok=True)
 
 
+def plain(path):
+    """`path`, which may be missing. Raises OSError for what would be read without end, as a named pipe or a device."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    return path
+
+
 def check_zip(path):
-    """Raise ValueError for a zip file, as torch.save writes, of which a part has not the checksum that it should."""
-    with zipfile.ZipFile(path) as archive:
-        # compressed it could swell, and what claims to be a folder torch takes for read with nothing read
-        stored = all(e.compress_type == zipfile.ZIP_STORED and e.external_attr == 0 for e in archive.infolist())
-        if not stored or archive.testzip() is not None:
+    """Raise ValueError for a zip file that is damaged, or not such as torch.save writes.
+
+    torch would read it, but it could take all the memory, or look different to torch's reader than to zipfile's.
+    """
+    with zipfile.ZipFile(plain(path)) as archive:
+        parts, file = archive.infolist(), archive.fp
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 98))
+        end = file.read()
+        large = end[-42:-38] == b"PK\6\7"  # more than 4 GiB: then the end is longer and lies where this says
+        begin, there = int.from_bytes(end[-50:-42] if large else end[-6:-2], "little"), end[-34:-26]
+        if (end[-22:-18] != b"PK\5\6" or begin != archive.start_dir or min(e.header_offset for e in parts) != 0
+                or large and int.from_bytes(there, "little") != size - 98):
+            raise ValueError("two readings")
+        # compressed they could swell, as they could one over the other; what claims to be a folder torch does not read
+        if (any(e.compress_type != zipfile.ZIP_STORED or e.external_attr for e in parts)
+                or sum(e.file_size for e in parts) > size or len({e.filename.lower() for e in parts}) < len(parts)):
+            raise ValueError("not as stored")
+        if archive.testzip() is not None:
             raise ValueError("wrong checksum")
+
+
+def check_pickle(path):
+    """Raise ValueError for a checkpoint whose pickle has what no run writes, though torch would read it."""
+    with zipfile.ZipFile(path) as archive:
+        pickles = [archive.read(name) for name in archive.namelist() if name.lower().endswith("data.pkl")]
+    for pickle in pickles:
+        before, made = "", {}  # the kind of each value that may come again: of lists in lists there could be no end
+        for op, value, _ in pickletools.genops(pickle):
+            if "GLOBAL" in op.name and value not in PICKLED or op.name.endswith("BINGET") and made.get(value) not in (
+                    "GLOBAL", "BINUNICODE"):
+                raise ValueError(f"no run writes {op.name} {value}")
+            if op.name.endswith("BINPUT"):
+                made[value] = before
+            else:
+                before = op.name
 
 
 def load_checkpoint(path):
@@ -965,11 +1009,16 @@ def load_checkpoint(path):
     path = Path(path)
     try:
         check_zip(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        held = sum(weight.nbytes for weight in dict(checkpoint)["model"].values())  # views can claim more than there is
+        check_pickle(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what no run writes; it is refused below, in one line
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # dict.items: an OrderedDict from a file may bring methods of its own
+        checkpoint["model"] = weights = dict(dict.items(checkpoint["model"]))
+        held = sum(weight.nbytes for weight in weights.values())  # views can claim more than there is
         whole = (checkpoint["format"] == 1 and type(checkpoint["step"]) is int and "optimizer" in checkpoint
-                 and "tokenizer" in checkpoint and isinstance(checkpoint["config"], dict)
-                 and held <= 2 * path.stat().st_size)
+                 and held <= 2 * path.stat().st_size
+                 and type(checkpoint) is type(checkpoint["config"]) is type(checkpoint["tokenizer"]) is dict)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: run `python train.py` first, or name its --out_dir") from None
     except OSError as error:
@@ -1012,7 +1061,7 @@ def belongs_to_this_job(out):
     if not this_job() or not (named or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"):  # numbers come again
         return False
     try:
-        return (out / ".job").read_text("utf-8") == this_job() and any((out / n).exists() for n in RUN_FILES[:2])
+        return plain(out / ".job").read_text("utf-8") == this_job() and any((out / n).exists() for n in RUN_FILES[:2])
     except (OSError, ValueError):
         return False
 
@@ -1025,7 +1074,10 @@ def claim(out, anew):
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "ab")
+        lock = out / ".lock"
+        if lock.is_symlink() or lock.exists() and not lock.is_file():  # somebody put there, to be written through
+            lock.unlink()
+        file = open(lock, "ab")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
         raise UserError(f"cannot write to out_dir={str(out)!r} ({reason}): choose another with --out_dir") from None
@@ -1045,7 +1097,7 @@ def claim(out, anew):
         if this_job():
             with contextlib.suppress(OSError):  # a full disk: a restart then takes the run for another's
                 write_text(out / ".job", this_job())
-        yield
+        yield file
 
 
 def write_text(path, text):
@@ -1062,7 +1114,7 @@ def set_aside(out):
     if not old:
         return
     target, n = out / "previous", 1
-    while target.exists():
+    while os.path.lexists(target):
         n += 1
         target = out / f"previous-{n}"
     target.mkdir(parents=True)
@@ -1268,18 +1320,18 @@ class Log:
         self.path = out / "log.jsonl" if world.rank == 0 else None
         self.peak = peak_tokens_per_second
         self.launched = LAUNCHED - progress.elapsed  # of a resumed run, as if it had never stopped
-        self.first_step, self.began = progress.step, time.time()
+        self.first_step, self.began = progress.step, time.monotonic()
         if self.path is None:
             return
-        lines = self.path.read_text("utf-8", "replace").splitlines() if progress.step and self.path.exists() else []
-        found = [re.match(r'{"step": (\d+),.*}$', line) for line in lines]
+        lines = self.path.read_text("utf-8", "replace").splitlines() if progress.step and self.path.is_file() else []
+        found = [re.match(r'{"step": (\d{1,16}),.*}$', line) for line in lines]
         kept = [match[0] for match in found if match and int(match[1]) <= progress.step]
         write_text(self.path, "".join(line + "\n" for line in kept))  # a resumed run goes on after its checkpoint
         tell("    step    loss     val       lr   norm   tokens/s  elapsed     left" + ("   MFU" if self.peak else ""))
 
     def elapsed(self):
         """Seconds since the run was launched, its earlier parts included."""
-        return time.time() - self.launched
+        return time.monotonic() - self.launched
 
     def start(self, val_loss, bits_per_byte):
         """Write the line of step 0: what the weights that a run starts from are worth."""
@@ -1294,7 +1346,7 @@ class Log:
         record = dict(step=step, loss=loss, val_loss=val_loss, bits_per_byte=bits_per_byte, lr=lr, grad_norm=grad_norm,
                       tokens_per_second=round(tokens_per_second), elapsed=round(self.elapsed(), 3))
         append_line(self.path, json.dumps(record))
-        left = (time.time() - self.began) / (step - self.first_step) * (max_iters - step)
+        left = (time.monotonic() - self.began) / (step - self.first_step) * (max_iters - step)
         val = " " * 8 if val_loss is None else f"{val_loss:8.4f}"
         mfu = f"{tokens_per_second / self.peak:6.1%}" if self.peak else ""
         tell(f"{step:8d}{loss:8.4f}{val}{lr:9.1e}{grad_norm:7.3f}{tokens_per_second:11,.0f}{clock(self.elapsed()):>9}"
@@ -1463,6 +1515,7 @@ class Run:
         self.tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
         self.bits_per_byte = meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2)  # of a loss in nats a token
         self.progress = Progress()
+        self.lock = None  # the open lock file of the folder that this process writes to
         self.rotate = checkpoint is None or "only" not in checkpoint  # whether the ckpt.pt that is there is to be kept
         self.model = GPT(s)
         self.model.compute_dtype = choose_dtype(s, world.device)
@@ -1489,7 +1542,9 @@ class Run:
         for optimizer in self.optimizers:
             # the state alone, because learning rate, decay and the like are this run's
             params, wanted = [p for group in optimizer.param_groups for p in group["params"]], optimizer.state_dict()
-            wanted["state"] = {i: {k: laid_out_like(p, v) for k, v in checkpoint["optimizer"][names[p]].items()}
+            if not all(v.is_contiguous() for p in params for v in dict.values(checkpoint["optimizer"][names[p]])):
+                raise ValueError("views")  # a fused step would write past the memory of a small one
+            wanted["state"] = {i: {k: laid_out_like(p, v) for k, v in dict.items(checkpoint["optimizer"][names[p]])}
                                for i, p in enumerate(params)}
             optimizer.load_state_dict(wanted)
             kinds = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
@@ -1500,6 +1555,14 @@ class Run:
         self.progress = p = Progress(**{f.name: f.type(checkpoint[f.name]) for f in fields(Progress)})
         if not all(0 <= x < 2**53 for x in (p.step, p.sequences, p.loss_count, p.elapsed)):
             raise ValueError("no such progress")
+
+    def check_lock(self):
+        """Raise RunFailed where another folder has the name of ours and a run of its own, which we would overwrite."""
+        path = Path(self.settings.out_dir) / ".lock"
+        if self.lock and os.name == "posix" and path.exists() and not os.path.samestat(
+                os.fstat(self.lock.fileno()), path.stat()):
+            raise RunFailed(f"{path.parent} is another run's now: the folder that this run began in was moved or "
+                            "deleted. What it had saved lies where it was moved to")
 
     def state(self):
         """The checkpoint: a dict of tensors and plain values. Sharded tensors come whole, in process 0 alone."""
@@ -1514,7 +1577,7 @@ class Run:
             optimizer = {names[p]: dict(state) for o in self.optimizers for p, state in o.state.items()}
         return dict(format=1, model=weights, optimizer=optimizer, scaler=self.scaler.state_dict(),
                     config=asdict(self.settings), tokenizer=self.meta["tokenizer"], corpus=self.meta["corpus"],
-                    **asdict(self.progress))
+                    data=text_of(self.meta), **asdict(self.progress))
 
     def save(self, out, val_loss, world, final):
         """Write out/ckpt.pt, keeping the one before it, and out/best.pt where val_loss (or None) is the best so far.
@@ -1548,11 +1611,17 @@ def train(s, world, checkpoint=None):
     """Train as the settings say, from a checkpoint's state if one is given. Returns the exit status."""
     folder, meta = read_meta(s)
     splits = {name: Split(folder, name, meta) for name in ("train", "val")}
+    if checkpoint and meta["tokenizer"] != checkpoint["tokenizer"]:
+        raise UserError(f"dataset={s.dataset} was replaced a moment ago, by one of another tokenizer: resume again")
+    if checkpoint and checkpoint.get("data", text_of(meta)) != text_of(meta) and world.rank == 0:
+        tell(f"note: dataset={s.dataset} is not the text, or not the split of it, that the checkpoint was trained on",
+             "stderr")
     s.vocab_size = s.vocab_size or meta["vocab_size"]
     check_data(s, splits, meta)
     writes = world.rank == 0 and not s.eval_only
-    with claim(Path(s.out_dir), anew=not goes_on(checkpoint)) if writes else nullcontext():
+    with claim(Path(s.out_dir), anew=not goes_on(checkpoint)) if writes else nullcontext() as lock:
         run = Run(s, meta, world, checkpoint)
+        run.lock = lock
         steps = world.total(torch.tensor(run.progress.step, dtype=torch.float64)).item()
         if steps != run.progress.step * world.size:
             raise RunFailed(f"the processes read different checkpoints in out_dir={s.out_dir}: it must be on storage "
@@ -1594,6 +1663,7 @@ def fit(run, splits, s, world):
         stopping, saving = world.any(stop.number, 0 < 60 * s.checkpoint_minutes < time.monotonic() - saved)
         if not (logging or stopping or saving):
             continue  # without waiting for the device
+        run.check_lock()
 
         losses, grad_norms = torch.stack(recent).T.contiguous()
         losses, grad_norms = world.total(losses).tolist(), grad_norms.tolist()

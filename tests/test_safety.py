@@ -303,6 +303,8 @@ def replaced(whole, member, data, compress=zipfile.ZIP_STORED):
     with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(file, "w", compress) as new:
         for entry in old.namelist():
             new.writestr(entry, data if entry.endswith(member) else old.read(entry))
+        for entry in new.infolist():
+            entry.external_attr = 0  # as torch writes it
     return file.getvalue()
 
 
