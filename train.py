@@ -1013,12 +1013,14 @@ def load_checkpoint(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what no run writes; it is refused below, in one line
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if type(checkpoint) is not dict:
+            raise ValueError("no checkpoint")
         # dict.items: an OrderedDict from a file may bring methods of its own
         checkpoint["model"] = weights = dict(dict.items(checkpoint["model"]))
         held = sum(weight.nbytes for weight in weights.values())  # views can claim more than there is
         whole = (checkpoint["format"] == 1 and type(checkpoint["step"]) is int and "optimizer" in checkpoint
                  and held <= 2 * path.stat().st_size
-                 and type(checkpoint) is type(checkpoint["config"]) is type(checkpoint["tokenizer"]) is dict)
+                 and type(checkpoint["config"]) is type(checkpoint["tokenizer"]) is dict)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: run `python train.py` first, or name its --out_dir") from None
     except OSError as error:

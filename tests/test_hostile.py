@@ -117,6 +117,16 @@ def test_another_pickle_protocol_is_no_second_line(trained, first, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("wrap", [b"%b", b"}X\5\0\0\0model%bs"])
+def test_a_storage_in_a_dict_s_place_is_no_second_line(trained, recwarn, wrap):
+    """torch warns of each use of one."""
+    project, whole = trained
+    size = len(zipfile.ZipFile(io.BytesIO(whole)).read("archive/data/0")) // 4
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuM" + struct.pack("<H", size) + b"tQ"
+    refuse(project, replaced(whole, "data.pkl", b"\x80\2" + wrap % storage + b"."))
+    assert not recwarn.list
+
+
 def test_no_variable_of_the_environment_makes_a_pickle_run(trained, monkeypatch):
     project, whole = trained
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
