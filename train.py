@@ -1018,8 +1018,7 @@ def load_checkpoint(path):
         # dict.items: an OrderedDict from a file may bring methods of its own
         checkpoint["model"] = weights = dict(dict.items(checkpoint["model"]))
         held = sum(weight.nbytes for weight in weights.values())  # views can claim more than there is
-        whole = (checkpoint["format"] == 1 and type(checkpoint["step"]) is int and "optimizer" in checkpoint
-                 and held <= 2 * path.stat().st_size
+        whole = (checkpoint["format"] == 1 and type(checkpoint["step"]) is int and held <= 2 * path.stat().st_size
                  and type(checkpoint["config"]) is type(checkpoint["tokenizer"]) is dict)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: run `python train.py` first, or name its --out_dir") from None
@@ -1723,6 +1722,8 @@ def resume(s, argv):
         try:
             checkpoint = load_checkpoint(path)
             model_from_checkpoint(checkpoint, path)
+            if "optimizer" not in checkpoint:
+                raise UserError(f"{path} has no optimizer state to go on from: train anew")
             known = {f.name: convert(f, checkpoint["config"].get(f.name, f.default), path) for f in fields(Settings)}
             # the run's own settings, but for where it lies now, and over them what is asked for now
             settings = override(Settings(**known | dict(out_dir=s.out_dir)), argv)
