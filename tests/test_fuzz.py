@@ -225,3 +225,62 @@ def test_the_fuzzers_reach_what_is_accepted(tmp_path, whole):
     assert load(tmp_path, whole)["step"] == 3
     assert load(tmp_path, pickle.dumps(1)) is None
     assert prepare.tokenizer_from_spec(dict(kind="char", chars="".join(sorted(set(sentences(5)))))).vocab_size > 5
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A folder with a tiny GPT-2 in Hugging Face's layout."""
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    folder, (V, T, C) = tmp_path_factory.mktemp("gpt2"), (7, 4, 8)
+    vectors = {"ln_1": C, "ln_2": C, "attn.c_attn": 3 * C, "attn.c_proj": C, "mlp.c_fc": 4 * C, "mlp.c_proj": C}
+    tensors = {"wte.weight": torch.ones(V, C), "wpe.weight": torch.ones(T, C), "ln_f.weight": torch.ones(C),
+               "ln_f.bias": torch.ones(C)}
+    for name, n in vectors.items():
+        rows = 4 * C if name == "mlp.c_proj" else C
+        tensors[f"h.0.{name}.bias"] = torch.ones(n)
+        tensors[f"h.0.{name}.weight"] = torch.ones(C) if name.startswith("ln") else torch.ones(rows, n)
+    save_file(tensors, folder / "model.safetensors")
+    config = dict(model_type="gpt2", vocab_size=V, n_positions=T, n_embd=C, n_layer=1, n_head=2)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    train.model_from_checkpoint(train.read_gpt2(str(folder)))
+    return (folder / "model.safetensors").read_bytes(), config
+
+
+def is_gpt2_or_refused(path, tensors, config):
+    """Whether a folder with these bytes is read as GPT-2."""
+    (path / "model.safetensors").write_bytes(tensors)
+    (path / "config.json").write_bytes(config)
+    try:
+        return train.model_from_checkpoint(train.read_gpt2(str(path))) is not None
+    except train.UserError as error:
+        one_line(error)
+        assert str(path) in str(error)
+
+
+ENTRY = st.fixed_dictionaries(dict(
+    dtype=st.sampled_from(["F32", "F16", "I8", "?"]), shape=st.lists(st.integers(0, 2**40), max_size=3),
+    data_offsets=st.lists(st.integers(0, 2**40), min_size=2, max_size=2)))
+
+
+@settings(max_examples=150)
+@given(st.dictionaries(st.sampled_from(["__metadata__", "wte.weight", "h.0.ln_1.bias", "x"]), JSON | ENTRY),
+       st.binary(max_size=40))
+def test_any_safetensors_header_is_gpt2_or_refused(tmp_path, gpt2, changes, tail):
+    whole, config = gpt2
+    length = int.from_bytes(whole[:8], "little")
+    header = json.dumps(json.loads(whole[8:8 + length]) | changes).encode()
+    is_gpt2_or_refused(tmp_path, len(header).to_bytes(8, "little") + header + whole[8 + length:] + tail,
+                       json.dumps(config).encode())
+    is_gpt2_or_refused(tmp_path, tail + whole, json.dumps(config).encode())
+
+
+@settings(max_examples=150)
+@given(st.dictionaries(st.sampled_from(["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner",
+                                        "activation_function", "tie_word_embeddings", "tokenizer_spec", "model_type"]),
+                       JSON))
+def test_any_value_in_gpt2_s_config_is_gpt2_or_refused(tmp_path, gpt2, changes):
+    whole, config = gpt2
+    is_gpt2_or_refused(tmp_path, whole, json.dumps(config | changes).encode())
+    assert is_gpt2_or_refused(tmp_path, whole, json.dumps(config).encode())
