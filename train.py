@@ -975,6 +975,7 @@ def check_zip(path):
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 98))
         end = file.read()
+        # the last 22 bytes say where the list of parts begins; of a large file, so do 56 more, found by the 20 between
         large = end[-42:-38] == b"PK\6\7"  # more than 4 GiB: then the end is longer and lies where this says
         begin, there = int.from_bytes(end[-50:-42] if large else end[-6:-2], "little"), end[-34:-26]
         if (end[-22:-18] != b"PK\5\6" or begin != archive.start_dir or min(e.header_offset for e in parts) != 0
@@ -1059,7 +1060,7 @@ def this_job():
 def belongs_to_this_job(out):
     """Whether the run in folder `out` was begun by this launch of torchrun, which has restarted its processes since."""
     named = os.environ.get("TORCHELASTIC_RUN_ID") != "none"
-    if not this_job() or not (named or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"):  # numbers come again
+    if not this_job() or not (named or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"):  # numbers come again
         return False
     try:
         return plain(out / ".job").read_text("utf-8") == this_job() and any((out / n).exists() for n in RUN_FILES[:2])

@@ -19,11 +19,26 @@ settings.load_profile("shared machine")
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dataset=tiny --device=cpu --dtype=float32 --compile=False --n_layer=1 --n_head=2 --n_embd=32 "
         "--block_size=16 --batch_size=4 --max_iters=20 --eval_interval=10 --log_interval=5 --warmup_iters=2").split()
+CHARS = "\n abcdefghijklmnopqrstuvwxyzé€😀"
 TIMINGS = {"elapsed", "tokens_per_second"}  # the keys of a log line that no two runs share
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than ten seconds; leave out with -m 'not slow'")
+
+
+def random_model(seed=0, **config):
+    """A tiny GPT whose every parameter is drawn wide enough that its choices differ from one context to the next."""
+    import torch
+
+    import train
+    defaults = dict(vocab_size=len(CHARS), block_size=8, n_layer=2, n_head=2, n_embd=16)
+    model = train.GPT(train.GPTConfig(**defaults | config)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.4, generator=generator)
+    return model
 
 
 def sentences(count, seed=0):

@@ -7,12 +7,13 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import same
+from conftest import CHARS, random_model, same
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ import train
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-CHARS = "\n abcdefghijklmnopqrstuvwxyz\u00e9\u20ac\U0001f600"
+random_model = partial(random_model, block_size=24)
 CHAR, BYTE = dict(kind="char", chars=CHARS), dict(kind="byte")
 TEXT = "abc \u00e9\u20ac\U0001f600\n  the end"
 GPT2_LIKE = dict(position="learned", norm="layernorm", norm_weight=True, bias=True, qk_norm=False,
@@ -35,17 +36,6 @@ MODERN = {"defaults": {}, "tied": dict(tied_head=True, vocab_multiple=64), "lear
           "none": dict(position="none", bias=True, norm_weight=True), "gelu": dict(activation="gelu", qk_norm=False),
           "layernorm": dict(norm="layernorm", norm_weight=True, bias=True), "bigram": dict(n_layer=0)}
 pytestmark = pytest.mark.usefixtures("torch_state")
-
-
-def random_model(seed=0, **config):
-    """A tiny GPT whose every parameter is drawn wide enough that its choices differ from one context to the next."""
-    defaults = dict(vocab_size=len(CHARS), block_size=24, n_layer=2, n_head=2, n_embd=16)
-    model = train.GPT(train.GPTConfig(**defaults | config)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.4, generator=generator)
-    return model
 
 
 def save(path, model, tokenizer=CHAR):

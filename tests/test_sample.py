@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CHARS, ROOT, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,22 +23,9 @@ import prepare
 import sample
 import train
 
-ROOT = Path(__file__).resolve().parent.parent
-CHARS = "\n abcdefghijklmnopqrstuvwxyzé€😀"
 CHAR_SPEC = {"kind": "char", "chars": CHARS}
 BYTE_SPEC = {"kind": "byte"}
 pytestmark = pytest.mark.usefixtures("torch_state")
-
-
-def random_model(seed=0, **config):
-    """A tiny GPT whose every parameter is drawn wide enough that its choices differ from one context to the next."""
-    defaults = dict(vocab_size=len(CHARS), block_size=8, n_layer=2, n_head=2, n_embd=16)
-    model = train.GPT(train.GPTConfig(**defaults | config)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.4, generator=generator)
-    return model
 
 
 def save(path, model, tokenizer=CHAR_SPEC, **changes):
