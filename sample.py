@@ -25,12 +25,15 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass, fields, replace
+import warnings
+import zipfile
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import prepare
 import train
@@ -90,7 +93,7 @@ def load(s):
     if s.init_from == "resume":
         checkpoint = train.load_checkpoint(path)
     else:
-        path, checkpoint = s.init_from, train.read_gpt2(s.init_from)
+        path, checkpoint = s.init_from, read_gpt2(s.init_from)
     tokenizer = prepare.tokenizer_from_spec(checkpoint["tokenizer"])
     model = train.model_from_checkpoint(checkpoint, path)
     if tokenizer.vocab_size > (V := model.config.vocab_size):
@@ -190,10 +193,17 @@ class Cache:
         values[:, :, slot:slot + T] = v
         return keys[:, :, :held], values[:, :, :held]
 
+    def before(self, idx, count):
+        """The `count` tokens before the new ones idx (B, T), as (B, count), zeros before the first; idx is noted."""
+        held = self.tokens if self.length else idx.new_zeros(len(idx), count)
+        self.tokens = torch.cat([held, idx], 1)[:, -count:] if count else held
+        return held
+
     def repeat(self, times):
         """Make each sequence `times` sequences, side by side."""
         self.keys = [k.repeat_interleave(times, 0) for k in self.keys]
         self.values = [v.repeat_interleave(times, 0) for v in self.values]
+        self.tokens = self.tokens.repeat_interleave(times, 0)
 
 
 @torch.inference_mode()
@@ -416,6 +426,139 @@ def score(s):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# GPT-2 from files in Hugging Face's layout: the same model with other names, its matrices transposed.
+
+GPT2_NAMES = {"blocks.": "h.", "norm1": "ln_1", "norm2": "ln_2", "norm.": "ln_f.", "qkv": "c_attn", "proj": "c_proj",
+              "fc": "c_fc", "head": "lm_head"}
+GPT2_CONFIG = {  # what its config.json may say, the default first; whatever else it says does not change the numbers
+    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"), "n_inner": (None,),
+    "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True, False), "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+}
+
+
+def gpt2_name(name):
+    """What GPT-2's files call one of our parameters, and whether it lies transposed there.
+
+    >>> gpt2_name("blocks.3.attn.qkv.weight")
+    ('h.3.attn.c_attn.weight', True)
+    """
+    for ours, theirs in GPT2_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name, ".c_" in name and name.endswith("weight")
+
+
+def find_gpt2(name):
+    """The folder or file of GPT-2 by its path, or by its name on the hub, from where it is fetched. UserError."""
+    if os.path.exists(name):
+        return Path(name)
+    try:
+        return prepare.fetch_gpt2(name, waits=os.environ.get("LOCAL_RANK", "0") != "0")
+    except prepare.UserError as error:
+        raise UserError(f"init_from={name}: {error}") from None
+
+
+def read_tensors(path):
+    """The tensors of a .safetensors file or a pytorch_model.bin, by name, on the CPU. Runs no code from the file."""
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise UserError(f"reading {path} needs safetensors: pip install safetensors") from None
+        return load_file(path)
+    if zipfile.is_zipfile(path):  # older files are bare pickles
+        train.check_zip(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of strange pickles: they are refused, or read all the same
+        tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * path.stat().st_size:
+        raise ValueError("views that claim more than there is")
+    return tensors
+
+
+def read_gpt2(name):
+    """GPT-2 by its name on the hub, or from a folder or file, as a dict like a checkpoint's. Raises UserError.
+
+    It has format, step, config, tokenizer and model; what a run would go on from, it lacks.
+    """
+    path = find_gpt2(name)
+    if path.is_dir():
+        path /= "pytorch_model.bin" if not (path / "model.safetensors").exists() else "model.safetensors"
+    where = path.with_name("config.json")
+    try:
+        theirs = {key: known[0] for key, known in GPT2_CONFIG.items()} | json.loads(where.read_text(encoding="utf-8"))
+        for key, known in GPT2_CONFIG.items():
+            if theirs[key] not in known and (key, theirs[key]) != ("n_inner", 4 * theirs.get("n_embd", 0)):
+                raise UserError(f"{where}: {key}={str(theirs[key])[:40]} cannot be had here, only "
+                                f"{' or '.join(map(str, known))}")
+        theirs["block_size"] = theirs["n_positions"]
+        sizes = {spec.name: train.convert(spec, theirs[spec.name], where) for spec in fields(train.GPTConfig)
+                 if spec.name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
+        config = train.Settings(**sizes, activation="gelu" if theirs["activation_function"] == "gelu" else "gelu_tanh",
+                          tied_head=theirs["tie_word_embeddings"], position="learned", norm="layernorm",
+                          norm_weight=True, bias=True, qk_norm=False, zero_init=False)
+        train.check(config)
+        model = gpt2_weights(read_tensors(path), config, path)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"init_from={name}: cannot read {error.filename or path}: {error.strerror or error}") from None
+    except Exception as error:  # json, safetensors, zipfile and torch.load raise many kinds for what is hostile
+        reason = f"{type(error).__name__}: {' '.join(str(error).split('. ')[0].split())[:100]}"
+        raise UserError(f"init_from={name}: {path} and config.json are damaged, or not GPT-2 in Hugging Face's layout "
+                        f"({reason}); nothing was run") from None
+    tokenizer = theirs.get("tokenizer_spec", dict(kind="tiktoken", encoding="gpt2"))  # sample.py --export notes it
+    return dict(format=1, step=0, config=asdict(config), tokenizer=tokenizer, model=model)
+
+
+def gpt2_weights(tensors, config, path):
+    """Our GPT's state dict out of GPT-2's tensors. Raises UserError for one too many, too few or of another shape."""
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()
+               if not re.search(r"\.attn\.(masked_)?bias$", name)}  # constants that old versions saved
+    head = tensors.pop("lm_head.weight", None) if config.tied_head else None
+    if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
+        raise UserError(f"{path}: lm_head.weight is not wte.weight, though config.json ties them")
+    with torch.device("meta"):  # takes no memory before it is known to fit
+        wanted = {name: tensor.shape for name, tensor in train.GPT(config).state_dict().items()}
+    weights = {}
+    for ours, shape in wanted.items():
+        if ours == "head.weight" and config.tied_head:
+            weights[ours] = weights["wte.weight"]
+            continue
+        name, transposed = gpt2_name(ours)
+        shape = tuple(reversed(shape)) if transposed else tuple(shape)
+        if name not in tensors:
+            raise UserError(f"{path}: there is no tensor {name}, which has shape {shape} in such a model")
+        tensor = tensors.pop(name)
+        rows = slice(config.vocab_size) if ours in ("wte.weight", "head.weight") else ...  # without padding
+        if tensor.ndim != len(shape) or tensor[rows].shape != shape or not tensor.is_floating_point():
+            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)} ({tensor.dtype}), but by its "
+                            f"config.json {shape}")
+        weights[ours] = (tensor.T if transposed else tensor[rows]).float().contiguous()
+    for name, tensor in tensors.items():
+        raise UserError(f"{path}: the tensor {str(name)[:80]} of shape {tuple(tensor.shape)} has no place in GPT-2")
+    return weights
+
+
+def fit_gpt2(s, checkpoint):
+    """Cut the positions and pad the rows of what read_gpt2 returned to the settings. UserError if they contradict."""
+    before, weights = checkpoint["config"], checkpoint["model"]
+    if train.read_meta(s)[1]["tokenizer"] != checkpoint["tokenizer"]:
+        raise UserError(f"dataset={s.dataset} has another tokenizer than the model to start from: `python prepare.py "
+                        "--tokenizer=gpt2` makes data/gpt2 for GPT-2")
+    free = ("dropout", "recompute", "vocab_multiple")
+    for key in (f.name for f in fields(train.GPTConfig) if f.name not in free):
+        if getattr(s, key) != before[key] and not (key == "block_size" and s.block_size < before[key]):
+            raise UserError(f"{key}={getattr(s, key)} does not fit init_from={s.init_from}, which has {before[key]}: "
+                            "leave it out")
+    weights["wpe.weight"] = weights["wpe.weight"][:s.block_size]
+    if missing := -s.vocab_size % s.vocab_multiple:
+        for key in ("wte.weight", "head.weight"):
+            weights[key] = F.pad(weights[key], (0, 0, 0, missing))
+    checkpoint["config"] = asdict(s)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Handing a model on to transformers: as a GPT-2 where it has GPT-2's parts, else with train.py's own code beside it
 
 
@@ -478,8 +621,8 @@ def modeling_source():
 
 def is_gpt2(c):
     """Whether a model of this config can be said in GPT-2's terms."""
-    return (c.position == "learned" and c.norm == "layernorm" and not c.qk_norm
-            and c.activation in ("gelu", "gelu_tanh"))
+    return (c.position == "learned" and c.norm == "layernorm" and not c.qk_norm and c.mlp and c.residual
+            and c.ngram == 1 and c.activation in ("gelu", "gelu_tanh"))
 
 
 def gpt2_tensors(model):
@@ -489,7 +632,7 @@ def gpt2_tensors(model):
         wanted = train.GPT(replace(c, bias=True, norm_weight=True, vocab_multiple=1)).state_dict()
     tensors = {}
     for ours, like in wanted.items():
-        name, transposed = train.gpt2_name(ours)
+        name, transposed = gpt2_name(ours)
         neutral = torch.ones if name.endswith("weight") else torch.zeros
         tensor = state[ours][:len(like)] if ours in state else neutral(like.shape)  # without the rows of padding
         tensors[name if ours == "head.weight" else f"transformer.{name}"] = tensor.T if transposed else tensor

@@ -84,13 +84,18 @@ class GPTConfig:
     n_layer: int = setting(4, "blocks; 0 makes a bigram model", least=0, below=10**4)
     n_head: int = setting(4, "attention heads in a block; must divide n_embd", least=1)
     n_embd: int = setting(128, "C, channels of the residual stream", least=1, below=10**6)
+    ngram: int = setting(1, "tokens an embedding sees: above 1, tables of the 2, 3, ... n-grams that end at its place "
+                            "are added to the token's own", least=1, below=9)
+    ngram_rows: int = setting(16384, "rows of each of these tables; n-grams share them by a hash", least=1, below=2**31)
     dropout: float = setting(0.0, "share of the residual branches' outputs dropped in training", least=0, below=1)
     bias: bool = setting(False, "biases in the linear layers and LayerNorms")
     position: str = setting("rope", "how a token knows its place", ("rope", "learned", "none"))
-    norm: str = setting("rmsnorm", "normalization before each branch and the head", ("rmsnorm", "layernorm"))
+    norm: str = setting("rmsnorm", "normalization before each branch and the head", ("rmsnorm", "layernorm", "none"))
     norm_weight: bool = setting(False, "a learned gain in each normalization")
     qk_norm: bool = setting(True, "normalize queries and keys, which allows larger learning rates")
-    activation: str = setting("relu2", "the MLP's nonlinearity", ("relu2", "gelu", "gelu_tanh"))
+    mlp: bool = setting(True, "an MLP after each attention")
+    activation: str = setting("relu2", "the MLP's nonlinearity", ("relu2", "relu", "gelu", "gelu_tanh"))
+    residual: bool = setting(True, "add each branch to the residual stream; False replaces the stream by it")
     tied_head: bool = setting(False, "share the head's weight with the token embedding")
     zero_init: bool = setting(True, "projections into the residual stream, and an untied head, start at zero")
     recompute: bool = setting(False, "compute a block's activations again for its gradient: less memory, more time")
@@ -287,6 +292,9 @@ def check(s):
     if s.position == "rope" and s.n_embd // s.n_head % 2:
         raise UserError(f"position=rope needs an even head size, n_embd={s.n_embd} / n_head={s.n_head} is odd: "
                         f"choose another n_head, or --position=learned")
+    if s.zero_init and not s.residual:
+        raise UserError("residual=False learns nothing from zero_init=True, whose branches are zero: add "
+                        "--zero_init=False")
     if getattr(s, "train_last", 0) > s.n_layer:
         raise UserError(f"train_last={s.train_last} is more than there are blocks: at most --train_last={s.n_layer}")
 
@@ -312,10 +320,12 @@ class Norm(nn.Module):
         super().__init__()
         self.kind = config.norm
         with_bias = learned and config.bias and config.norm == "layernorm"
-        self.weight = nn.Parameter(torch.ones(config.n_embd)) if learned else None
+        self.weight = nn.Parameter(torch.ones(config.n_embd)) if learned and config.norm != "none" else None
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if with_bias else None
 
     def forward(self, x):
+        if self.kind == "none":
+            return x
         weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
         if self.kind == "rmsnorm":
             return F.rms_norm(x, x.shape[-1:], weight)
@@ -376,6 +386,7 @@ class SquaredReLU(torch.autograd.Function):
 
 ACTIVATIONS = {
     "relu2": SquaredReLU.apply,
+    "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's
 }
@@ -399,14 +410,19 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.residual = config.dropout, config.residual
         self.norm1, self.attn = Norm(config, config.norm_weight), Attention(config, layer)
-        self.norm2, self.mlp = Norm(config, config.norm_weight), MLP(config)
+        if config.mlp:
+            self.norm2, self.mlp = Norm(config, config.norm_weight), MLP(config)
+
+    def add(self, x, branch):
+        """The stream after a branch. Dropout is here, not on the attention weights, which would lose fused kernels."""
+        branch = F.dropout(branch, self.dropout, self.training)
+        return x + branch if self.residual else branch
 
     def forward(self, x, rotation, cache):
-        # Dropout is on the branches, not on the attention weights, which would lose the fused attention kernel.
-        x = x + F.dropout(self.attn(self.norm1(x), rotation, cache), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+        x = self.add(x, self.attn(self.norm1(x), rotation, cache))
+        return self.add(x, self.mlp(self.norm2(x))) if hasattr(self, "mlp") else x
 
 
 class GPT(nn.Module):
@@ -426,6 +442,7 @@ class GPT(nn.Module):
         rows = -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
         self.wte = nn.Embedding(rows, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.ngrams = nn.ModuleList(nn.Embedding(config.ngram_rows, config.n_embd) for _ in range(config.ngram - 1))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = Norm(config, config.norm_weight)
         self.head = Linear(config.n_embd, rows, bias=False)
@@ -440,7 +457,7 @@ class GPT(nn.Module):
                 std = 0.02
                 if name.endswith("proj"):  # GPT-2: keeps the residual stream's variance from growing with depth
                     std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
-                elif name == "head" and self.config.zero_init:
+                elif name == "head" and self.config.zero_init or "ngrams" in name:
                     std = 0.0
                 nn.init.normal_(module.weight, std=std)
                 if getattr(module, "bias", None) is not None:
@@ -457,6 +474,8 @@ class GPT(nn.Module):
         x = self.wte(idx)
         if self.wpe is not None:
             x = x + self.wpe(positions)
+        for table, rows in zip(self.ngrams, self.ngram_ids(idx, cache), strict=True):
+            x = x + table(rows)
         x = F.dropout(x.to(self.compute_dtype), self.config.dropout, self.training)  # (B, T, C)
         rotation = None
         if self.config.position == "rope":
@@ -473,12 +492,25 @@ class GPT(nn.Module):
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 
+    def ngram_ids(self, idx, cache):
+        """The row (B, T) of each n-gram table for the n-grams that end at each place, n = 2, 3, ...
+
+        Before the first token of a window stand zeros. Multiplicative hashing, Knuth, TAOCP 6.4.
+        """
+        n = self.config.ngram - 1
+        before = idx.new_zeros(len(idx), n) if cache is None else cache.before(idx, n)
+        tokens, gram, found = torch.cat([before, idx], 1), idx, []
+        for back in range(1, n + 1):
+            gram = gram * self.config.vocab_size + tokens[:, n - back:-back]
+            found.append((gram * 2654435761 % 2**32 * self.config.ngram_rows) >> 32)
+        return found
+
     def parameters_by_part(self):
-        """Parameter counts as a dict: embedding, attention, mlp, norm, head (0 when tied)."""
-        count = dict(embedding=0, attention=0, mlp=0, norm=0, head=0)
+        """Parameter counts as a dict: embedding, ngrams, attention, mlp, norm, head (0 when tied)."""
+        count = dict(embedding=0, ngrams=0, attention=0, mlp=0, norm=0, head=0)
         for name, p in self.named_parameters():
             part = next((part for key, part in ((".attn.", "attention"), (".mlp.", "mlp"), ("norm", "norm"),
-                                                ("head", "head")) if key in name), "embedding")
+                                                ("ngrams", "ngrams"), ("head", "head")) if key in name), "embedding")
             count[part] += p.numel()
         return count
 
@@ -566,7 +598,7 @@ def orthogonalize_together(updates, chunks, dtype):
 
 def freeze(model, train_last):
     """Keep embeddings and all but the last blocks as they are: no gradient, no optimizer state. 0 freezes nothing."""
-    for part in (model.wte, model.wpe, *model.blocks[:-train_last]) if train_last else ():
+    for part in (model.wte, model.wpe, model.ngrams, *model.blocks[:-train_last]) if train_last else ():
         if part is not None:
             part.requires_grad_(False)
 
@@ -1126,142 +1158,6 @@ def set_aside(out):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# GPT-2 from files in Hugging Face's layout: the same model with other names, its matrices transposed.
-
-GPT2_NAMES = {"blocks.": "h.", "norm1": "ln_1", "norm2": "ln_2", "norm.": "ln_f.", "qkv": "c_attn", "proj": "c_proj",
-              "fc": "c_fc", "head": "lm_head"}
-GPT2_CONFIG = {  # what its config.json may say, the default first; whatever else it says does not change the numbers
-    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"), "n_inner": (None,),
-    "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True, False), "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
-}
-
-
-def gpt2_name(name):
-    """What GPT-2's files call one of our parameters, and whether it lies transposed there.
-
-    >>> gpt2_name("blocks.3.attn.qkv.weight")
-    ('h.3.attn.c_attn.weight', True)
-    """
-    for ours, theirs in GPT2_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name, ".c_" in name and name.endswith("weight")
-
-
-def find_gpt2(name):
-    """The folder or file of GPT-2 by its path, or by its name on the hub, from where it is fetched. UserError."""
-    if os.path.exists(name):
-        return Path(name)
-    try:
-        import prepare  # whose downloads these are; nothing else in this file needs it
-        return prepare.fetch_gpt2(name, waits=os.environ.get("LOCAL_RANK", "0") != "0")
-    except ImportError:
-        raise UserError(f"init_from={name} is not there, and to fetch it needs prepare.py beside train.py") from None
-    except prepare.UserError as error:
-        raise UserError(f"init_from={name}: {error}") from None
-
-
-def read_tensors(path):
-    """The tensors of a .safetensors file or a pytorch_model.bin, by name, on the CPU. Runs no code from the file."""
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise UserError(f"reading {path} needs safetensors: pip install safetensors") from None
-        return load_file(path)
-    if zipfile.is_zipfile(path):  # older files are bare pickles
-        check_zip(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of strange pickles: they are refused, or read all the same
-        tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
-    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * path.stat().st_size:
-        raise ValueError("views that claim more than there is")
-    return tensors
-
-
-def read_gpt2(name):
-    """GPT-2 by its name on the hub, or from a folder or file, as a dict like a checkpoint's. Raises UserError.
-
-    It has format, step, config, tokenizer and model; what a run would go on from, it lacks.
-    """
-    path = find_gpt2(name)
-    if path.is_dir():
-        path /= "pytorch_model.bin" if not (path / "model.safetensors").exists() else "model.safetensors"
-    where = path.with_name("config.json")
-    try:
-        theirs = {key: known[0] for key, known in GPT2_CONFIG.items()} | json.loads(where.read_text(encoding="utf-8"))
-        for key, known in GPT2_CONFIG.items():
-            if theirs[key] not in known and (key, theirs[key]) != ("n_inner", 4 * theirs.get("n_embd", 0)):
-                raise UserError(f"{where}: {key}={str(theirs[key])[:40]} cannot be had here, only "
-                                f"{' or '.join(map(str, known))}")
-        theirs["block_size"] = theirs["n_positions"]
-        sizes = {spec.name: convert(spec, theirs[spec.name], where) for spec in fields(GPTConfig)
-                 if spec.name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
-        config = Settings(**sizes, activation="gelu" if theirs["activation_function"] == "gelu" else "gelu_tanh",
-                          tied_head=theirs["tie_word_embeddings"], position="learned", norm="layernorm",
-                          norm_weight=True, bias=True, qk_norm=False, zero_init=False)
-        check(config)
-        model = gpt2_weights(read_tensors(path), config, path)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"init_from={name}: cannot read {error.filename or path}: {error.strerror or error}") from None
-    except Exception as error:  # json, safetensors, zipfile and torch.load raise many kinds for what is hostile
-        reason = f"{type(error).__name__}: {' '.join(str(error).split('. ')[0].split())[:100]}"
-        raise UserError(f"init_from={name}: {path} and config.json are damaged, or not GPT-2 in Hugging Face's layout "
-                        f"({reason}); nothing was run") from None
-    tokenizer = theirs.get("tokenizer_spec", dict(kind="tiktoken", encoding="gpt2"))  # sample.py --export notes it
-    return dict(format=1, step=0, config=asdict(config), tokenizer=tokenizer, model=model)
-
-
-def gpt2_weights(tensors, config, path):
-    """Our GPT's state dict out of GPT-2's tensors. Raises UserError for one too many, too few or of another shape."""
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()
-               if not re.search(r"\.attn\.(masked_)?bias$", name)}  # constants that old versions saved
-    head = tensors.pop("lm_head.weight", None) if config.tied_head else None
-    if head is not None and not torch.equal(head, tensors.get("wte.weight", head)):
-        raise UserError(f"{path}: lm_head.weight is not wte.weight, though config.json ties them")
-    with torch.device("meta"):  # takes no memory before it is known to fit
-        wanted = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    weights = {}
-    for ours, shape in wanted.items():
-        if ours == "head.weight" and config.tied_head:
-            weights[ours] = weights["wte.weight"]
-            continue
-        name, transposed = gpt2_name(ours)
-        shape = tuple(reversed(shape)) if transposed else tuple(shape)
-        if name not in tensors:
-            raise UserError(f"{path}: there is no tensor {name}, which has shape {shape} in such a model")
-        tensor = tensors.pop(name)
-        rows = slice(config.vocab_size) if ours in ("wte.weight", "head.weight") else ...  # without padding
-        if tensor.ndim != len(shape) or tensor[rows].shape != shape or not tensor.is_floating_point():
-            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)} ({tensor.dtype}), but by its "
-                            f"config.json {shape}")
-        weights[ours] = (tensor.T if transposed else tensor[rows]).float().contiguous()
-    for name, tensor in tensors.items():
-        raise UserError(f"{path}: the tensor {str(name)[:80]} of shape {tuple(tensor.shape)} has no place in GPT-2")
-    return weights
-
-
-def fit_gpt2(s, checkpoint):
-    """Cut the positions and pad the rows of what read_gpt2 returned to the settings. UserError if they contradict."""
-    before, weights = checkpoint["config"], checkpoint["model"]
-    if read_meta(s)[1]["tokenizer"] != checkpoint["tokenizer"]:
-        raise UserError(f"dataset={s.dataset} has another tokenizer than the model to start from: `python prepare.py "
-                        "--tokenizer=gpt2` makes data/gpt2 for GPT-2")
-    free = ("dropout", "recompute", "vocab_multiple")
-    for key in (f.name for f in fields(GPTConfig) if f.name not in free):
-        if getattr(s, key) != before[key] and not (key == "block_size" and s.block_size < before[key]):
-            raise UserError(f"{key}={getattr(s, key)} does not fit init_from={s.init_from}, which has {before[key]}: "
-                            "leave it out")
-    weights["wpe.weight"] = weights["wpe.weight"][:s.block_size]
-    if missing := -s.vocab_size % s.vocab_multiple:
-        for key in ("wte.weight", "head.weight"):
-            weights[key] = F.pad(weights[key], (0, 0, 0, missing))
-    checkpoint["config"] = asdict(s)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Schedule and evaluation.
 
 
@@ -1700,10 +1596,14 @@ def configure(argv):
         return resume(s, argv)
     if s.init_from == "scratch":
         return s, None
-    checkpoint = read_gpt2(s.init_from)
+    try:
+        import sample  # which knows the layout of GPT-2's files; training needs no more of it
+    except ImportError as error:
+        raise UserError(f"init_from={s.init_from} needs sample.py and prepare.py beside train.py ({error})") from None
+    checkpoint = sample.read_gpt2(s.init_from)
     s = override(Settings(**checkpoint["config"]), argv)
     check(s)
-    fit_gpt2(s, checkpoint)
+    sample.fit_gpt2(s, checkpoint)
     return s, checkpoint
 
 
@@ -1788,4 +1688,5 @@ def explain(error, s):
 
 
 if __name__ == "__main__":
+    sys.modules["train"] = sys.modules["__main__"]  # sample.py imports train: it gets this one, not a second copy
     sys.exit(main())

@@ -32,7 +32,9 @@ GPT2_LIKE = dict(position="learned", norm="layernorm", norm_weight=True, bias=Tr
 LIKE = {"gpt2": {}, "exact gelu": dict(activation="gelu"), "no biases": dict(bias=False),
         "untied": dict(tied_head=False),
         "no gains": dict(norm_weight=False), "padded": dict(vocab_multiple=64), "no blocks": dict(n_layer=0)}
-MODERN = {"defaults": {}, "tied": dict(tied_head=True, vocab_multiple=64), "learned": dict(position="learned"),
+MODERN = {"defaults": {}, "n-grams": dict(ngram=3, ngram_rows=50),
+          "bare": dict(norm="none", mlp=False, residual=False, zero_init=False),
+          "tied": dict(tied_head=True, vocab_multiple=64), "learned": dict(position="learned"),
           "none": dict(position="none", bias=True, norm_weight=True), "gelu": dict(activation="gelu", qk_norm=False),
           "layernorm": dict(norm="layernorm", norm_weight=True, bias=True), "bigram": dict(n_layer=0)}
 pytestmark = pytest.mark.usefixtures("torch_state")
@@ -85,11 +87,11 @@ def test_a_model_with_gpt2_s_parts_is_a_gpt2(config, here):
 
 def test_out_and_in_again_is_the_same_to_the_last_bit(here):
     ours = random_model(**GPT2_LIKE)
-    again = train.read_gpt2(exported("hf", ours))
+    again = sample.read_gpt2(exported("hf", ours))
     assert same(again["model"], dict(ours.state_dict())) and again["tokenizer"] == CHAR
     for key in ("bias", "norm_weight"):
         without = random_model(**GPT2_LIKE | {key: False})
-        back = train.model_from_checkpoint(train.read_gpt2(exported(f"without {key}", without)))
+        back = train.model_from_checkpoint(sample.read_gpt2(exported(f"without {key}", without)))
         idx = torch.arange(20)[None]
         assert torch.equal(back(idx)[0], without(idx)[0])
 

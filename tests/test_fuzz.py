@@ -18,6 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import prepare
+import sample
 import train
 
 JSON = st.recursive(
@@ -244,7 +245,7 @@ def gpt2(tmp_path_factory):
     save_file(tensors, folder / "model.safetensors")
     config = dict(model_type="gpt2", vocab_size=V, n_positions=T, n_embd=C, n_layer=1, n_head=2)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    train.model_from_checkpoint(train.read_gpt2(str(folder)))
+    train.model_from_checkpoint(sample.read_gpt2(str(folder)))
     return (folder / "model.safetensors").read_bytes(), config
 
 
@@ -253,7 +254,7 @@ def is_gpt2_or_refused(path, tensors, config):
     (path / "model.safetensors").write_bytes(tensors)
     (path / "config.json").write_bytes(config)
     try:
-        return train.model_from_checkpoint(train.read_gpt2(str(path))) is not None
+        return train.model_from_checkpoint(sample.read_gpt2(str(path))) is not None
     except train.UserError as error:
         one_line(error)
         assert str(path) in str(error)

@@ -53,7 +53,7 @@ def hub_folder(tmp_path):
 
 
 def ours_from(folder):
-    return train.model_from_checkpoint(train.read_gpt2(str(folder)))
+    return train.model_from_checkpoint(sample.read_gpt2(str(folder)))
 
 
 def change(folder, remove=(), **changes):
@@ -70,7 +70,7 @@ def configure(folder, **changes):
 
 def refusal(name):
     with pytest.raises(train.UserError) as caught:
-        train.read_gpt2(str(name))
+        sample.read_gpt2(str(name))
     return str(caught.value)
 
 
@@ -123,11 +123,11 @@ LAYOUTS = dict(plain=lambda folder: None, without_prefix=without_prefix, pickle=
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_holds_the_same_model(layout, hub_folder):
-    expected = train.read_gpt2(str(hub_folder))["model"]
+    expected = sample.read_gpt2(str(hub_folder))["model"]
     LAYOUTS[layout](hub_folder)
-    assert same(train.read_gpt2(str(hub_folder))["model"], expected)
+    assert same(sample.read_gpt2(str(hub_folder))["model"], expected)
     weights = next(path for path in hub_folder.iterdir() if path.suffix in (".safetensors", ".bin"))
-    assert same(train.read_gpt2(str(weights))["model"], expected), "the path of the file instead of its folder"
+    assert same(sample.read_gpt2(str(weights))["model"], expected), "the path of the file instead of its folder"
 
 
 def test_half_precision_files_become_float32(hub_folder):
@@ -224,7 +224,7 @@ def test_whatever_bytes_change_a_file_is_read_or_refused(file, hub_folder, recwa
             data[where:where + 1] = bytes([draw.randrange(256)])
         path.write_bytes(data)
         try:
-            train.model_from_checkpoint(train.read_gpt2(str(hub_folder)))
+            train.model_from_checkpoint(sample.read_gpt2(str(hub_folder)))
         except train.UserError as error:
             assert len(str(error)) < 1000
             refused += 1
@@ -331,24 +331,24 @@ def hub(project, hub_folder, monkeypatch):
 
 
 def test_a_name_is_fetched_once_and_then_needs_no_network(hub, hub_folder, monkeypatch):
-    expected = train.read_gpt2(str(hub_folder))
-    assert same(train.read_gpt2("gpt2-medium")["model"], expected["model"])
+    expected = sample.read_gpt2(str(hub_folder))
+    assert same(sample.read_gpt2("gpt2-medium")["model"], expected["model"])
     seen = len(hub.seen)
     assert sorted(p.name for p in Path("data/hub/gpt2-medium").iterdir()) == ["config.json", "model.safetensors"]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    assert same(train.read_gpt2("gpt2-medium")["model"], expected["model"]) and len(hub.seen) == seen
+    assert same(sample.read_gpt2("gpt2-medium")["model"], expected["model"]) and len(hub.seen) == seen
 
 
 def test_every_name_asks_for_its_repository(hub, monkeypatch):
     for name, repository in prepare.GPT2S.items():
         hub.prefix = f"/{repository}/resolve/main/"
-        train.find_gpt2(name)
+        sample.find_gpt2(name)
     assert len(prepare.GPT2S) == 5 and hub.seen[-1][1] == "/cdn/model.safetensors"
 
 
 def test_a_broken_download_goes_on_where_it_stopped(hub):
     hub.drop = 2
-    train.read_gpt2("gpt2-medium")
+    sample.read_gpt2("gpt2-medium")
     ranges = [asked for command, path, asked in hub.seen if command == "GET" and path.startswith("/cdn/")]
     assert ranges[0] is None and len(ranges) == 3 and all(ranges[1:])
 
@@ -372,12 +372,12 @@ def test_no_network_and_no_such_file_are_one_line(hub, project, monkeypatch):
 def test_one_process_of_a_machine_fetches_and_the_others_wait_for_the_whole_file(hub, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     found = []
-    waiting = threading.Thread(target=lambda: found.append(train.find_gpt2("gpt2-medium")), daemon=True)
+    waiting = threading.Thread(target=lambda: found.append(sample.find_gpt2("gpt2-medium")), daemon=True)
     waiting.start()
     waiting.join(0.5)
     assert waiting.is_alive() and not hub.seen
     monkeypatch.delenv("LOCAL_RANK")
-    train.find_gpt2("gpt2-medium")
+    sample.find_gpt2("gpt2-medium")
     waiting.join(10)
     assert found == [Path("data/hub/gpt2-medium")]
 
@@ -430,7 +430,7 @@ def test_an_earlier_run_is_set_aside(words):
 def test_a_shorter_context_padded_rows_and_dropout_are_free(words):
     words.train(*FINETUNE, "--max_iters=1", "--block_size=8", "--vocab_multiple=64", "--dropout=0.2",
                 "--learning_rate=0")
-    model, files = words.checkpoint()["model"], train.read_gpt2("hf")["model"]
+    model, files = words.checkpoint()["model"], sample.read_gpt2("hf")["model"]
     assert torch.equal(model["wpe.weight"], files["wpe.weight"][:8])
     assert torch.equal(model["wte.weight"][:50], files["wte.weight"]) and len(model["wte.weight"]) == 64
     train.model_from_checkpoint(words.checkpoint())
@@ -449,7 +449,7 @@ def test_what_contradicts_the_files_is_refused(flag, named, words):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_only_the_last_blocks_learn_and_only_they_have_optimizer_state(words, optimizer):
     words.train(*FINETUNE, f"--optimizer={optimizer}", "--train_last=1", "--max_iters=3", "--weight_decay=0.1")
-    after, before = words.checkpoint(), train.read_gpt2("hf")["model"]
+    after, before = words.checkpoint(), sample.read_gpt2("hf")["model"]
     before["wpe.weight"] = before["wpe.weight"][:16]
     moved = {name for name, weight in after["model"].items() if not torch.equal(weight, before[name])}
     expected = {name for name in before if name.startswith(("blocks.1.", "norm."))}
@@ -493,14 +493,19 @@ def test_frozen_blocks_in_several_processes_and_compiled(words, extra):
     assert torch.equal(one["blocks.0.attn.qkv.weight"], two["blocks.0.attn.qkv.weight"])
 
 
-def test_a_path_needs_neither_prepare_nor_the_network(words):
+def test_a_path_needs_the_other_scripts_but_not_the_network(words):
+    def finetune():
+        offline = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_ENDPOINT": "http://127.0.0.1:1"}
+        return subprocess.run([sys.executable, "train.py", *words.tiny, *FINETUNE, "--max_iters=1"], env=offline,
+                              capture_output=True, text=True, timeout=120)
+
     shutil.copy(ROOT / "train.py", "train.py")
-    done = subprocess.run([sys.executable, "train.py", *words.tiny, *FINETUNE, "--max_iters=1"], capture_output=True,
-                          text=True, timeout=120, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    alone = finetune()
+    assert alone.returncode == 2 and "needs sample.py" in alone.stderr and alone.stderr.count("\n") == 1
+    for name in ("sample.py", "prepare.py"):
+        shutil.copy(ROOT / name, name)
+    done = finetune()
     assert done.returncode == 0, done.stderr
-    done = subprocess.run([sys.executable, "train.py", *words.tiny, *FINETUNE, "--init_from=gpt2"], capture_output=True,
-                          text=True, timeout=120, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
-    assert done.returncode == 2 and "needs prepare.py" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_config_file_finetunes_what_the_hub_has(hub, words, monkeypatch):

@@ -15,9 +15,10 @@ SHAPE = dict(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=32)
 GPT2 = dict(position="learned", norm="layernorm", norm_weight=True, bias=True, qk_norm=False, activation="gelu_tanh",
             tied_head=True, zero_init=False)
 VARIANTS = [{}, GPT2, *({key: value} for key, values in dict(
-    position=["learned", "none"], norm=["layernorm"], norm_weight=[True], bias=[True], qk_norm=[False],
-    activation=["gelu", "gelu_tanh"], tied_head=[True], zero_init=[False], vocab_multiple=[64], n_head=[1, 4],
-    n_layer=[0, 1]).items() for value in values)]
+    position=["learned", "none"], norm=["layernorm", "none"], norm_weight=[True], bias=[True], qk_norm=[False],
+    activation=["gelu", "gelu_tanh", "relu"], tied_head=[True], ngram=[2, 5], mlp=[False], zero_init=[False],
+    vocab_multiple=[64], n_head=[1, 4],
+    n_layer=[0, 1]).items() for value in values), dict(residual=False, zero_init=False)]
 
 
 def each_variant(test):
@@ -157,10 +158,34 @@ def test_parameter_count(variant):
     model, c = gpt(**variant), train.GPTConfig(**(SHAPE | variant))
     C, rows = c.n_embd, math.ceil(c.vocab_size / c.vocab_multiple) * c.vocab_multiple
     gains = c.norm_weight * C * (2 if c.bias and c.norm == "layernorm" else 1)
-    block = 12 * C * C + c.bias * (3 + 1 + 4 + 1) * C + 2 * gains
+    gains *= c.norm != "none"
+    block = 4 * C * C + c.bias * 4 * C + gains + c.mlp * (8 * C * C + c.bias * 5 * C + gains)
+    tables = (c.ngram - 1) * c.ngram_rows * C
     places = c.block_size * C if c.position == "learned" else 0
     assert sum(p.numel() for p in model.parameters()) == (
-        rows * C * (1 if c.tied_head else 2) + places + c.n_layer * block + gains)
+        rows * C * (1 if c.tied_head else 2) + tables + places + c.n_layer * block + gains)
+
+
+def test_ngram_tables_see_the_last_tokens_and_no_more():
+    """A 3-gram model without blocks predicts from the last three tokens alone, in any window they stand in."""
+    model, idx = gpt(n_layer=0, ngram=3), tokens(1, 16)
+    logits = model(idx)[0][0, -1]
+    torch.testing.assert_close(model(idx[:, 13:])[0][0, -1], logits)
+    for t, matters in ((12, False), (13, True), (14, True), (15, True)):
+        changed = idx.clone()
+        changed[0, t] = (idx[0, t] + 1) % SHAPE["vocab_size"]
+        assert ((model(changed)[0][0, -1] - logits).abs().max() > 1e-3) == matters, t
+
+
+def test_ngram_hash_stays_inside_its_tables_and_spreads():
+    model = gpt(ngram=4, ngram_rows=4096)
+    idx = torch.randint(SHAPE["vocab_size"], (64, 256))
+    for n, rows in enumerate(model.ngram_ids(idx, None), 2):
+        assert rows.min() >= 0 and rows.max() < 4096
+        grams = len(idx.unfold(1, n, 1).flatten(0, 1).unique(dim=0))
+        expected = 4096 * (1 - math.exp(-grams / 4096))  # rows hit when each n-gram falls on any of them alike
+        assert 0.9 * expected < len(rows[:, n - 1:].unique()) < 1.1 * min(4096, grams), n
+        assert torch.equal(rows[:1, 9:12], model.ngram_ids(idx[:1, 9 - n + 1:12], None)[n - 2][:, n - 1:]), n
 
 
 @pytest.mark.parametrize("size, count", [

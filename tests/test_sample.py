@@ -107,6 +107,8 @@ MODELS = [
           ("rope", "learned", "none"), ("rmsnorm", "layernorm"), (False, True), (False, True), (False, True))),
     *(dict(position=position, **rest) for position, rest in product(("rope", "learned", "none"), (
         dict(activation="relu2"), dict(activation="gelu"), dict(activation="gelu_tanh"), dict(tied_head=True),
+        dict(ngram=3), dict(ngram=5, ngram_rows=50), dict(mlp=False), dict(activation="relu"), dict(norm="none"),
+        dict(residual=False, zero_init=False),
         dict(recompute=True), dict(n_layer=0), dict(n_layer=1), dict(block_size=1), dict(block_size=2),
         dict(block_size=7), dict(vocab_multiple=64), dict(n_head=1), dict(n_head=4, n_embd=32)))),
 ]
@@ -115,7 +117,7 @@ MODELS = [
 def test_every_choice_of_a_model_setting_is_among_them():
     for setting in fields(train.GPTConfig):
         kind = type(setting.default)
-        choices = setting.metadata["choices"] or ([True] if kind is bool and setting.name != "zero_init" else [])
+        choices = setting.metadata["choices"] or ([not setting.default] if kind is bool else [])
         assert set(choices) <= {config.get(setting.name) for config in MODELS}, setting.name
 
 
