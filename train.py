@@ -20,6 +20,7 @@ import ast
 import contextlib
 import difflib
 import errno
+import importlib.util
 import json
 import math
 import operator
@@ -28,6 +29,7 @@ import pickletools
 import re
 import signal
 import sys
+import textwrap
 import threading
 import warnings
 import zipfile
@@ -139,6 +141,8 @@ class Settings(GPTConfig):
     eval_iters: int = setting(0, "batches in an evaluation; 0 is the whole validation split", least=0)
     eval_only: bool = setting(False, "evaluate once and stop")
     log_interval: int = setting(10, "updates between log lines", least=1)
+    tensorboard: bool = setting(False, "log to out_dir/tensorboard too; needs the package tensorboard")
+    wandb: bool = setting(False, "log to Weights & Biases too, in its project gpt; needs the package wandb")
     # hardware
     device: str = setting("auto", "auto takes cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the matrix products; auto is bfloat16 where the hardware multiplies it natively",
@@ -152,7 +156,7 @@ class Settings(GPTConfig):
 
 RETIRED = {  # nanoGPT settings that need no counterpart: accepted with a note, so that its config files load
     "always_save_checkpoint": "best.pt keeps the best model and ckpt.pt the latest", "backend": "the device decides it",
-    **dict.fromkeys(("wandb_log", "wandb_project", "wandb_run_name"), "log.jsonl in out_dir holds the curve"),
+    **dict.fromkeys(("wandb_log", "wandb_project", "wandb_run_name"), "--wandb=True logs to the project gpt"),
 }
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -295,6 +299,9 @@ def check(s):
     if s.zero_init and not s.residual:
         raise UserError("residual=False learns nothing from zero_init=True, whose branches are zero: add "
                         "--zero_init=False")
+    for package in ("tensorboard", "wandb"):
+        if getattr(s, package, False) and importlib.util.find_spec(package) is None:
+            raise UserError(f"{package}=True needs the package {package}: pip install {package}")
     if getattr(s, "train_last", 0) > s.n_layer:
         raise UserError(f"train_last={s.train_last} is more than there are blocks: at most --train_last={s.n_layer}")
 
@@ -1190,6 +1197,7 @@ def evaluate(model, split, s, world):
     mine = world.share(0, windows)
     passes = -(-windows // (world.size * s.batch_size))  # as many in each process: FSDP works in step
     losses, counts = torch.zeros(passes, device=world.device), torch.zeros(passes, dtype=torch.float64)
+    began = time.monotonic()
     model.eval()
     for i in range(passes):
         rows = mine.start + i * s.batch_size + np.arange(s.batch_size)  # always a full batch: one shape, compiled once
@@ -1199,6 +1207,7 @@ def evaluate(model, split, s, world):
         y[torch.from_numpy(past | (rows >= mine.stop)[:, None])] = -1
         losses[i] = model(x.to(world.device), y.to(world.device))[1]  # stays on the device: nothing waits here
         counts[i] = (y >= 0).sum()
+        show_progress(world, "evaluating", i + 1, passes, began)
     if hasattr(model, "reshard"):
         model.reshard()  # FSDP keeps the outermost tensors whole for a backward pass, which does not come here
     losses = torch.where(counts > 0, losses.cpu().double(), 0.0)  # the mean of nothing is not a number
@@ -1212,12 +1221,12 @@ def evaluate(model, split, s, world):
 
 
 class Log:
-    """The console's table and out_dir/log.jsonl: one line each time, by rank 0 alone."""
+    """The console's table, out_dir/log.jsonl and the trackers asked for: one line each time, by rank 0 alone."""
 
-    def __init__(self, out, world, progress, peak_tokens_per_second):
-        self.path = out / "log.jsonl" if world.rank == 0 else None
-        self.peak = peak_tokens_per_second
-        self.launched = LAUNCHED - progress.elapsed  # of a resumed run, as if it had never stopped
+    def __init__(self, s, world, progress, peak_tokens_per_second):
+        self.path = Path(s.out_dir) / "log.jsonl" if world.rank == 0 else None
+        self.max_iters, self.peak = s.max_iters, peak_tokens_per_second
+        self.launched, self.titled = LAUNCHED - progress.elapsed, False  # as if a resumed run had never stopped
         self.first_step, self.began = progress.step, time.monotonic()
         if self.path is None:
             return
@@ -1225,30 +1234,70 @@ class Log:
         found = [re.match(r'{"step": (\d{1,16}),.*}$', line) for line in lines]
         kept = [match[0] for match in found if match and int(match[1]) <= progress.step]
         write_text(self.path, "".join(line + "\n" for line in kept))  # a resumed run goes on after its checkpoint
-        tell("    step    loss     val       lr   norm   tokens/s  elapsed     left" + ("   MFU" if self.peak else ""))
+        self.trackers = open_trackers(s, progress.step)
 
     def elapsed(self):
         """Seconds since the run was launched, its earlier parts included."""
         return time.monotonic() - self.launched
 
-    def start(self, val_loss, bits_per_byte):
-        """Write the line of step 0: what the weights that a run starts from are worth."""
-        if self.path is not None:
-            append_line(self.path, json.dumps(dict(step=0, val_loss=val_loss, bits_per_byte=bits_per_byte)))
-            tell(f"{0:8d}{val_loss:16.4f}")
+    def line(self, step, val_loss=None, best=False, **numbers):
+        """Write one line of what is known at a step; `best` marks a val_loss that is the lowest so far.
 
-    def line(self, step, max_iters, loss, val_loss, bits_per_byte, lr, grad_norm, tokens_per_second):
-        """Write one line; val_loss and bits_per_byte are None where nothing was evaluated."""
+        The line of step 0, what the weights are worth that a run starts from, has a val_loss alone.
+        """
         if self.path is None:
             return
-        record = dict(step=step, loss=loss, val_loss=val_loss, bits_per_byte=bits_per_byte, lr=lr, grad_norm=grad_norm,
-                      tokens_per_second=round(tokens_per_second), elapsed=round(self.elapsed(), 3))
+        record = dict(step=step, val_loss=val_loss, **numbers, elapsed=round(self.elapsed(), 3))
         append_line(self.path, json.dumps(record))
-        left = (time.monotonic() - self.began) / (step - self.first_step) * (max_iters - step)
-        val = " " * 8 if val_loss is None else f"{val_loss:8.4f}"
-        mfu = f"{tokens_per_second / self.peak:6.1%}" if self.peak else ""
-        tell(f"{step:8d}{loss:8.4f}{val}{lr:9.1e}{grad_norm:7.3f}{tokens_per_second:11,.0f}{clock(self.elapsed()):>9}"
-             f"{clock(left):>9}{mfu}")
+        for track in self.trackers:
+            track(step, {key: value for key, value in record.items() if key != "step" and value is not None})
+        val = " " * 8 if val_loss is None else paint(f"{val_loss:8.4f}", BOLD if best else "")
+        pace = (time.monotonic() - self.began) / max(1, step - self.first_step)  # seconds a step, all included
+        left = pace * (self.max_iters - step)
+        if not self.titled:
+            self.titled = True
+            if step > self.first_step:
+                done_at = time.strftime("%H:%M" if left < 43200 else "%A, %H:%M", time.localtime(time.time() + left))
+                tell(f"time       about {clock(self.elapsed() + left)} in all, done at {done_at}")
+            titles = "    step    loss     val       lr   norm   tokens/s  elapsed     left"
+            tell(paint(titles + "    MFU" * bool(self.peak), DIM))
+        if "loss" not in numbers:
+            return tell(f"{step:8d}{'':8}{val}")
+        mfu = f"{numbers['tokens_per_second'] / self.peak:7.1%}" if self.peak else ""
+        tell(f"{step:8d}{numbers['loss']:8.4f}{val}{numbers['lr']:9.1e}{numbers['grad_norm']:7.3f}"
+             f"{numbers['tokens_per_second']:11,d}{clock(self.elapsed()):>9}{clock(left):>9}{mfu}")
+
+
+def open_trackers(s, step):
+    """The trackers that the settings ask for, each a function of (step, numbers by name). UserError."""
+    trackers, out, shown = [], Path(s.out_dir), asdict(s)
+    if s.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)  # what came after the checkpoint comes again
+        writer.add_text("settings", "\n".join(f"    {key} = {value!r}" for key, value in shown.items()), step)
+        trackers.append(lambda step, numbers: [writer.add_scalar(*number, step) for number in numbers.items()])
+    if s.wandb:
+        import wandb
+        name = out / "wandb-id.txt"
+        known = name.read_text("utf-8") if step and name.is_file() else None
+        try:
+            run = wandb.init(project="gpt", name=s.out_dir, id=known, resume="allow" if known else None, dir=out,
+                             config=shown, settings=wandb.Settings(silent=True))
+            write_text(name, run.id)
+        except (wandb.errors.Error, ValueError) as error:
+            raise UserError(f"wandb=True: {error}: run `wandb login`, or set WANDB_MODE=offline") from None
+        tell(f"wandb      {run.dir if run.offline else run.url}")
+        trackers.append(lambda step, numbers: run.log(numbers, step=step))
+    return trackers
+
+
+DIM, BOLD = "2", "1"  # of ECMA-48, which every terminal knows
+
+
+def paint(text, style):
+    """`text` in a style, on a terminal whose user has not set NO_COLOR (https://no-color.org)."""
+    plain_text = not style or not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain_text else f"\x1b[{style}m{text}\x1b[0m"
 
 
 def append_line(path, text):
@@ -1268,6 +1317,14 @@ def clock(seconds):
     """Seconds as m:ss or h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+def show_progress(world, what, done, total, began):
+    """A bar on a terminal for what takes longer than two seconds, wiped out when it is done."""
+    if world.rank == 0 and sys.stdout.isatty() and time.monotonic() - began > 2:
+        bar = "#" * (30 * done // total)
+        sys.stdout.write(f"\r{what} [{bar:<30}] {done / total:4.0%}" if done < total else "\r" + " " * 60 + "\r")
+        sys.stdout.flush()
 
 
 class StopSignal:
@@ -1385,7 +1442,7 @@ def announce(s, world, meta, model):
         f"hardware   {world.device}, {dtype}, {world.size} process{'es' * (world.size > 1)}",
         f"work       {s.max_iters:,} steps of {tokens:,} tokens, {epochs:.1f} epochs",
     ):
-        world.say(line)
+        world.say(textwrap.fill(line, 80, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False))
 
 
 def farewell(s, world, run, stop, stopping):
@@ -1540,11 +1597,11 @@ def fit(run, splits, s, world):
     if world.size > 1 and s.parallel == "ddp":
         synchronized = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     peak = peak_flops(world.device, model.compute_dtype)
-    log = Log(out, world, progress, peak and peak * world.size / model.flops_per_token())
+    log = Log(s, world, progress, peak and peak * world.size / model.flops_per_token())
     stop, stopping = StopSignal(), False
     if progress.step == 0 and s.init_from not in ("scratch", "resume"):
         val_loss = evaluate(compiled, splits["val"], s, world)
-        log.start(val_loss, val_loss * run.bits_per_byte)
+        log.line(0, val_loss, bits_per_byte=val_loss * run.bits_per_byte)
     recent = []  # loss and gradient norm of the latest steps, still on the device
     began = saved = time.monotonic()
     while progress.step < s.max_iters and not stopping:
@@ -1576,8 +1633,10 @@ def fit(run, splits, s, world):
             norm = whole(nn.utils.get_total_norm(model.parameters())).item()
             check_finite(s, progress.step, validation_loss=[val_loss or 0.0], norm_of_weights=[norm])
         if logging:
-            log.line(progress.step, s.max_iters, progress.loss_sum / progress.loss_count, val_loss,
-                     val_loss and val_loss * run.bits_per_byte, lr, grad_norms[-1], tokens_per_second)
+            log.line(progress.step, val_loss, best=val_loss is not None and val_loss < progress.best_val_loss,
+                     bits_per_byte=val_loss and val_loss * run.bits_per_byte,
+                     loss=progress.loss_sum / progress.loss_count, lr=lr, grad_norm=grad_norms[-1],
+                     tokens=progress.sequences * s.block_size, tokens_per_second=round(tokens_per_second))
             progress.loss_sum, progress.loss_count = 0.0, 0
         if evaluating or stopping or saving:
             progress.elapsed = log.elapsed()

@@ -1,0 +1,19 @@
+"""Fourth rung: an MLP after the attention. What was gathered is thought about."""
+n_layer = 1
+n_head = 4
+mlp = True  # was False
+activation = "relu"
+residual = False
+norm = "none"
+n_embd = 32
+position = "learned"
+zero_init = False
+qk_norm = False
+optimizer = "adamw"
+learning_rate = 3e-3
+block_size = 8
+batch_size = 32
+max_iters = 5000
+eval_interval = 1000
+log_interval = 500
+compile = False

@@ -1,0 +1,21 @@
+"""Fifth rung: residuals and normalization. They let three blocks learn that could not without."""
+n_layer = 3  # was 1
+n_head = 4
+mlp = True
+activation = "relu"
+residual = True  # was False
+norm = "layernorm"  # was "none"
+norm_weight = True
+bias = True
+n_embd = 32
+position = "learned"
+zero_init = False
+qk_norm = False
+optimizer = "adamw"
+learning_rate = 3e-3
+block_size = 8
+batch_size = 32
+max_iters = 5000
+eval_interval = 1000
+log_interval = 500
+compile = False
