@@ -1,0 +1,257 @@
+"""What one training step costs, of train.py and of nanoGPT at the same shape: tokens a second and peak memory.
+
+    python tests/bench/step.py --nanogpt=../nanoGPT                             10.8M parameters, 64 x 256 tokens
+    python tests/bench/step.py --nanogpt=../nanoGPT --size=0.8M --steps=300     the CPU example's shape, 12 x 64
+    python tests/bench/step.py --nanogpt=../nanoGPT --size=124M --batch=32      GPT-2's shape, on a GPU
+    python tests/bench/step.py --size=2x2x64x32x65 --batch=4                    layers x heads x C x T x V, ours alone
+
+A step is forward, backward, clipping and the optimizer, on tokens that are there already: reading them is left out on
+both sides. Every turn is a process of its own, which warms up, compiles if asked to, and then times --steps steps; so
+its peak memory holds one side alone: on a GPU what torch took from it, on a CPU the whole process, torch included, and
+in brackets what the step added to it. nanoGPT has its own settings: AdamW, fused on a GPU, autocast on a GPU alone.
+train.py has its defaults (Muon, one token embedding and a head of its own; at 124M a tied head, as config/train_gpt2.py
+has it); words that are not flags of this script are its settings, for example --optimizer=adamw --recompute=True.
+
+MFU counts 6 operations a weight of the shape's matrix products and 12 L C T for attention, a token, the same number for
+both sides, against --peak_tflops or the known peak of a GPU. Where neither is there, the column says how the step
+compares with one large matrix product after another, of the same type, measured in the same process.
+"""
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import ROOT, fact_line, facts, nanogpt_model, spread, summary, table, write
+
+SIZES = {  # n_layer, n_head, n_embd, block_size, vocab_size; batch and steps on a CPU; batch and steps on a GPU
+    "0.8M": ((4, 4, 128, 64, 65), (12, 200), (12, 200)),
+    "10.8M": ((6, 6, 384, 256, 65), (64, 3), (64, 50)),
+    "124M": ((12, 12, 768, 1024, 50304), (4, 1), (32, 20)),
+}
+NAMES = "n_layer", "n_head", "n_embd", "block_size", "vocab_size"
+
+
+def shape_of(size):
+    """(n_layer, n_head, n_embd, block_size, vocab_size) of a name in SIZES or of such words as 2x2x64x32x65."""
+    if size in SIZES:
+        return SIZES[size][0]
+    try:
+        n_layer, n_head, n_embd, block_size, vocab_size = shape = tuple(map(int, size.split("x")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{size}: one of {', '.join(SIZES)}, or layers x heads x C x T x V, "
+                                         "as 2x2x64x32x65") from None
+    if min(shape) < 1 or n_embd % (2 * n_head):
+        raise argparse.ArgumentTypeError(f"{size}: every number at least 1, and C a multiple of twice the heads")
+    return shape
+
+
+def flops_per_token(n_layer, n_head, n_embd, block_size, vocab_size):
+    """Floating point operations of a step per token: three passes over each weight, and attention as PaLM counts it."""
+    return 6 * (12 * n_layer * n_embd**2 + vocab_size * n_embd) + 12 * n_layer * n_embd * block_size
+
+
+def ours(shape, batch, device, dtype, compiled, argv):
+    """A function that takes one step on (x, y), and how many parameters the model has."""
+    import torch
+
+    import train
+
+    tied = dict(tied_head=True) if shape[-1] > 10_000 else {}  # a head of its own would be a quarter of the weights
+    s = train.override(train.Settings(batch_size=batch, **dict(zip(NAMES, shape, strict=True)), **tied), argv)
+    model = train.GPT(s)
+    model.compute_dtype = dtype
+    model.to(device)
+    optimizers = train.make_optimizers(model, s, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    forward = train.compile_model(model, s) if compiled else model
+
+    def step(x, y):
+        scaler.scale(forward(x, y)[1]).backward()
+        train.update(model, optimizers, scaler, s.learning_rate, s.grad_clip)
+
+    return step, sum(p.numel() for p in model.parameters())
+
+
+def nanogpt(checkout, shape, device, dtype, compiled):
+    """The same for nanoGPT's model.py, with the settings that its train.py has by itself."""
+    import torch
+
+    module, on_gpu = nanogpt_model(checkout), device.type == "cuda"
+    config = module.GPTConfig(**dict(zip(NAMES, shape, strict=True)), dropout=0.0, bias=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = module.GPT(config).to(device)
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    scaler = torch.amp.GradScaler(device.type, enabled=on_gpu and dtype == torch.float16)
+    forward = torch.compile(model) if compiled else model
+
+    def step(x, y):
+        with torch.autocast("cuda", dtype) if on_gpu else contextlib.nullcontext():
+            loss = forward(x, y)[1]
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, sum(p.numel() for p in model.parameters())
+
+
+def matmul_rate(device, dtype, wait):
+    """Operations a second of large square matrix products, the fastest of several."""
+    import torch
+
+    n = 8192 if device.type == "cuda" else 1024
+    a, rates = torch.randn(n, n, device=device, dtype=dtype), []
+    for _ in range(8):
+        wait()
+        began = time.perf_counter()
+        a @ a
+        wait()
+        rates.append(2 * n**3 / (time.perf_counter() - began))
+    return max(rates)
+
+
+def peak_of_process():
+    """The most resident memory, in bytes, that this process has had; None where the system doesn't say."""
+    try:  # not getrusage, which on Linux begins with the parent's
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        try:
+            import resource
+        except ImportError:
+            return None
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def worker(side, args, argv):
+    """One turn of one side: a JSON line with what it measured."""
+    import torch
+
+    import train
+
+    s = train.override(train.Settings(), [f"--device={args.device}", f"--dtype={args.dtype}"])
+    device = train.join_world(s).device
+    dtype = train.choose_dtype(s, device)
+    gpu = device.type == "cuda"
+    compiled = gpu if args.compile == "auto" else args.compile == "True"
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    batch, steps = SIZES.get(args.size, (None, (4, 20), (4, 20)))[2 if gpu else 1]
+    batch, steps = args.batch or batch, args.steps or steps
+    shape = shape_of(args.size)
+    torch.manual_seed(0)
+    before = peak_of_process()
+    if side == "train.py":
+        step, parameters = ours(shape, batch, device, dtype, compiled, argv)
+    else:
+        step, parameters = nanogpt(args.nanogpt, shape, device, dtype, compiled)
+        dtype = dtype if gpu else torch.float32
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    data = torch.randint(shape[-1], (8, 2, batch, shape[3]), device=device)
+    for i in range(args.warm):
+        step(*data[i % 8])
+    wait()
+    began = time.perf_counter()
+    for i in range(steps):
+        step(*data[i % 8])
+    wait()
+    seconds = time.perf_counter() - began
+    peak = torch.cuda.max_memory_allocated() if gpu else peak_of_process()
+    added = None if gpu or peak is None else peak - before
+    peak_rate = args.peak_tflops * 1e12 if args.peak_tflops else train.peak_flops(device, dtype)
+    rate = peak_rate or matmul_rate(device, dtype, wait)
+    speed = steps * batch * shape[3] / seconds
+    print(json.dumps(dict(
+        tokens_per_second=speed, share=speed * flops_per_token(*shape) / rate, of="peak" if peak_rate else "matmul",
+        tflops=rate / 1e12, peak_mb=peak and peak / 1e6, added_mb=added and added / 1e6, parameters=parameters,
+        device=torch.cuda.get_device_name(device) if gpu else str(device), dtype=str(dtype).removeprefix("torch."),
+        compiled=compiled, batch=batch, steps=steps, context=shape[3], threads=torch.get_num_threads())))
+
+
+def turn(side, words):
+    """One turn, in a process of its own. Returns what it measured."""
+    done = subprocess.run([sys.executable, __file__, f"--worker={side}", *words], capture_output=True,
+                          encoding="utf-8", errors="replace")
+    if done.returncode:
+        sys.exit(f"{side} ended with status {done.returncode}:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def shown(found):
+    """The rows of the table, of {side: turns}."""
+    first = next(iter(found.values()))[0]
+    rows = [["", "parameters", "dtype", "tokens/s", "ratio", "MFU, %" if first["of"] == "peak" else "of a matmul, %",
+             "peak MB"]]
+    middle = {side: statistics.median(t["tokens_per_second"] for t in turns) for side, turns in found.items()}
+    for side, turns in found.items():
+        peak, added = spread([t["peak_mb"] for t in turns], 0), [t["added_mb"] for t in turns if t["added_mb"]]
+        other = [speed for name, speed in middle.items() if name != side and side == "train.py"]
+        rows.append([side, f"{turns[0]['parameters']:,}", turns[0]["dtype"],
+                     spread([t["tokens_per_second"] for t in turns], 0),
+                     f"{middle[side] / other[0]:.2f} x" if other else "-", spread([100 * t["share"] for t in turns]),
+                     peak + (f" [{statistics.median(added):,.0f}]" if added else "")])
+    return rows
+
+
+def main(argv=None):
+    """The command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--nanogpt", help="a checkout of nanoGPT to compare with")
+    parser.add_argument("--size", default="10.8M", help=f"{', '.join(SIZES)}, or a shape (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=0, help="sequences a step (default: 12, 64; 4, on a GPU 32)")
+    parser.add_argument("--steps", type=int, default=0, help="timed a turn (default: 200, 3, 1; on a GPU 200, 50, 20)")
+    parser.add_argument("--warm", type=int, default=2, help="steps before them (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=3, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", default="auto", help="as in train.py (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="as in train.py; nanoGPT has it on a GPU alone "
+                        "(default: %(default)s)")
+    parser.add_argument("--compile", default="auto", choices=("auto", "True", "False"),
+                        help="torch.compile on both sides; auto: on a GPU (default: %(default)s)")
+    parser.add_argument("--peak_tflops", type=float, default=0, help="what MFU is a share of (default: as known)")
+    parser.add_argument("--json", default="bench-step.json", help="file to write (default: %(default)s)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    words = sys.argv[1:] if argv is None else argv
+    args, extra = parser.parse_known_args(words)
+    try:
+        shape = shape_of(args.size)
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    sys.path.insert(0, str(ROOT))
+    if args.worker:
+        worker(args.worker, args, extra)
+        return 0
+    known = facts(size=args.size, n=args.n)
+    found = {"nanoGPT": [], "train.py": []} if args.nanogpt else {"train.py": []}
+    for _ in range(args.n):
+        for side, turns in found.items():
+            turns.append(turn(side, words))
+    first = found["train.py"][0]
+    known |= {key: first[key] for key in ("device", "threads", "batch", "context", "steps", "compiled")}
+    if first["of"] == "matmul":
+        known["matmul_tflops"] = round(statistics.median(t["tflops"] for t in found["train.py"]), 3)
+    if extra:
+        known["settings"] = " ".join(extra)
+    print(fact_line(known))
+    print(table(shown(found)))
+    sides = {side: dict(turns=turns, tokens_per_second=summary([t["tokens_per_second"] for t in turns]),
+                        share=summary([t["share"] for t in turns]), peak_mb=summary([t["peak_mb"] for t in turns]))
+             for side, turns in found.items()}
+    write(args.json, dict(facts=known, shape=dict(zip(NAMES, shape, strict=True)), sides=sides))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
