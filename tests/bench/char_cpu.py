@@ -35,6 +35,7 @@ from common import (
     log_of,
     nanogpt_model,
     prepared,
+    size_of,
     spread,
     summary,
     table,
@@ -133,16 +134,6 @@ def evaluated(folder, checkout, data, vocab):
     return found, sum(p.numel() for p in model.parameters())
 
 
-def size_of(argv, vocab):
-    """How many tokens a step and how many parameters a run of train.py has."""
-    import train
-
-    s = train.override(train.Settings(), argv)
-    s.vocab_size = s.vocab_size or vocab
-    parameters = sum(p.numel() for p in train.GPT(s).parameters())
-    return s.batch_size * s.gradient_accumulation_steps * s.block_size, parameters
-
-
 class Bench:
     """Both sides' folders, made ready to run in."""
 
@@ -185,7 +176,7 @@ class Bench:
             return any(r["val_loss"] is not None and r["val_loss"] < target for r in log_of(out)[-1:])
 
         lines, _ = launch([ROOT / "train.py", *argv, f"--out_dir={out}"], self.folder, target and passed)
-        return our_curve(log_of(out), lines, size_of(argv, self.meta["vocab_size"])[0])
+        return our_curve(log_of(out), lines, size_of(argv, self.meta["vocab_size"])[1])
 
 
 def measured(bench, args, config, sprint):
@@ -194,8 +185,8 @@ def measured(bench, args, config, sprint):
     said = next(match for _, line in losses_lines if (match := re.search(r"per iteration will be: ([\d,]+)", line)))
     tokens = int(said[1].replace(",", ""))
     theirs = dict(side="nanoGPT", parameters=parameters, curves=[], seconds=[], passed=[], end=[])
-    ours = dict(side="train.py", parameters=size_of(config, bench.meta["vocab_size"])[1], curves=[], sprints=[],
-                passed=[], end=[], sprint_parameters=size_of(sprint, bench.meta["vocab_size"])[1])
+    ours = dict(side="train.py", parameters=size_of(config, bench.meta["vocab_size"])[2], curves=[], sprints=[],
+                passed=[], end=[], sprint_parameters=size_of(sprint, bench.meta["vocab_size"])[2])
     same = True
     for turn in range(args.n):
         lines, wall = bench.nanogpt()

@@ -10,13 +10,13 @@ out what came before the first step, which is imports, data and compilation. Wor
 are train.py's settings; they come after the config file, and the seed after them all. The seeds run one by one.
 """
 import argparse
-import re
+import json
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, config_file, fact_line, facts, launch, log_of, prepared, spread, summary, table, write
+from common import ROOT, config_file, fact_line, facts, launch, log_of, prepared, size_of, spread, summary, table, write
 
 
 def start_of(records, tokens_per_step):
@@ -76,27 +76,26 @@ def main(argv=None):
     import train
 
     words = [config_file(args.config), *(config_file(word) if word.endswith(".py") else word for word in extra)]
-    s = train.override(train.Settings(), words)
-    tokens, rows = s.batch_size * s.gradient_accumulation_steps * s.block_size, []
-    device = train.join_world(s).device
-    known |= dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-                  threads=torch.get_num_threads(), settings=" ".join(extra) or "the config's")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not args.data:
             prepared(folder, args.text)
-        data = args.data.resolve() if args.data else folder / "data" / "char"
+        data, rows = args.data.resolve() if args.data else folder / "data" / "char", []
+        meta = json.loads((data / "meta.json").read_text(encoding="utf-8"))
+        s, tokens, parameters = size_of(words, meta["vocab_size"])
+        device = train.join_world(s).device
+        known |= dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+                      threads=torch.get_num_threads(), corpus=meta["corpus"], parameters=parameters,
+                      settings=" ".join(extra) or "the config's")
         for seed in range(args.first, args.first + args.seeds):
             out = folder / f"out-{seed}"
-            lines, _ = launch([ROOT / "train.py", *words, f"--dataset={data}", f"--seed={seed}", f"--out_dir={out}"],
-                              folder)
+            launch([ROOT / "train.py", *words, f"--dataset={data}", f"--seed={seed}", f"--out_dir={out}"], folder)
             rows.append(dict(seed=seed) | row_of(log_of(out), args.target, tokens))
-            size = next((match[0] for _, line in lines if (match := re.search(r"[\d,.]+[KMB]? parameters", line))), None)
             print(f"seed {seed}: {rows[-1]['best']:.4f} at step {rows[-1]['step']}", file=sys.stderr, flush=True)
-    print(fact_line(known | dict(model=size)))
+    print(fact_line(known))
     print(table(shown(rows, args.target)))
     losses = [row["best"] for row in rows]
-    write(args.json, dict(facts=known | dict(model=size), target=args.target, rows=rows, best=summary(losses) | dict(
+    write(args.json, dict(facts=known, target=args.target, rows=rows, best=summary(losses) | dict(
         mean=statistics.mean(losses), deviation=statistics.stdev(losses) if len(losses) > 1 else None)))
     return 0
 

@@ -1,6 +1,6 @@
 """What the benchmarks share: a machine's facts, medians with their spread, tables, JSON files, runs in other processes.
 
-It imports neither torch nor train.py, so that what a child process weighs is its own.
+Importing it imports neither torch nor train.py, so that what a child process weighs is its own.
 """
 import collections
 import datetime
@@ -131,6 +131,17 @@ def prepared(folder, text=None):
 def config_file(word):
     """The whole path of a config file, named from here or from the repository."""
     return str(Path(word).resolve() if Path(word).is_file() else ROOT / word)
+
+
+def size_of(argv, vocab):
+    """The Settings of a run of train.py, its tokens a step and its model's parameters."""
+    import train
+
+    s = train.override(train.Settings(), argv)
+    s.vocab_size = s.vocab_size or vocab
+    with train.torch.device("meta"):  # counted without being drawn
+        model = train.GPT(s)
+    return s, s.batch_size * s.gradient_accumulation_steps * s.block_size, sum(p.numel() for p in model.parameters())
 
 
 def log_of(folder):

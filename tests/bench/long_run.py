@@ -8,7 +8,6 @@ Linux only: the figures are those of /proc/self. RssAnon is what the process its
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
 sys.path.insert(0, str(TESTS.parent))
 
+from common import fact_line, facts  # noqa: E402
 from conftest import Project  # noqa: E402
 
 import train  # noqa: E402
@@ -62,6 +62,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not sys.platform.startswith("linux"):
         parser.error("it reads /proc, which only Linux has")
+    known = facts(steps=args.steps)
     before, began = os.getcwd(), time.monotonic()
     path = args.json and Path(args.json).absolute()
     with tempfile.TemporaryDirectory() as folder:
@@ -77,9 +78,9 @@ def main(argv=None):
     print(f"{'step':>8}{'RSS MB':>10}{'anon MB':>10}{'files':>8}")
     for step, row in found.items():
         print(f"{step:8d}{row['rss_mb']:10.1f}{row['anon_mb']:10.1f}{row['open_files']:8d}")
-    print(f"{time.monotonic() - began:.0f} s, Python {platform.python_version()}, torch {train.torch.__version__}")
+    print(f"{time.monotonic() - began:.0f} s, {fact_line(known)}")
     if path:
-        path.write_text(json.dumps(dict(steps=args.steps, resources=found), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(known | dict(resources=found), indent=2) + "\n", encoding="utf-8")
     return 0
 
 

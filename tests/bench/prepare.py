@@ -4,22 +4,18 @@
     python tests/bench/prepare.py --mb=2000 --n=1               the memory that 2 GB take
     python tests/bench/prepare.py --text=input.txt --mb=1 --nanogpt=../nanoGPT
 
-gpt2 is left out where tiktoken has not cached its ranks and cannot fetch them. The table's figures are medians.
+gpt2 is left out where tiktoken has not cached its ranks and cannot fetch them. prepare.py, tiktoken's encoder by itself
+and nanoGPT's script take turns; the figures are medians of n, in brackets least to most.
 """
-
 import argparse
-import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import ROOT, fact_line, facts, spread, summary, table, timed, write
 
 # What one core does with nothing around it: the encoder alone, on a text that is in memory already, in 256 KB pieces.
 SINGLE_THREAD = """
@@ -42,39 +38,38 @@ def repeated(text: bytes, size: int, path: Path):
             file.write(text)
 
 
-def timed(command, folder: Path) -> tuple[float, float | None]:
-    """Run a command in a folder. Returns its seconds and its peak resident megabytes, None where Python can't say."""
-    began = time.perf_counter()
-    child = subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, stdout=subprocess.DEVNULL)
-    if hasattr(os, "wait4"):
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-    else:
-        child.wait()
-        peak = None
-    if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, command)
-    return time.perf_counter() - began, peak
+def rate_alone(path, tokenizer):
+    """Bytes a second of tiktoken's encoder by itself, on one thread."""
+    return float(subprocess.check_output([sys.executable, "-c", SINGLE_THREAD, path, tokenizer]))
 
 
-def measure(label: str, command, folder: Path, size: int, n: int) -> dict:
-    runs = [timed(command, folder) for _ in range(n)]
-    seconds = [run[0] for run in runs]
-    peaks = [run[1] for run in runs if run[1] is not None]
-    rate = size / 1e6 / statistics.median(seconds)
-    return {"what": label, "MB/s": rate, "seconds": seconds, "peak MB": max(peaks) if peaks else None}
+def measured(sides, size, n):
+    """Have the sides, {label: a function that returns (seconds, peak MB)}, take n turns. Returns a row for each.
+
+    One that fails is left out, with a line on stderr.
+    """
+    found = {label: [] for label in sides}
+    for _ in range(n):
+        for label in list(found):
+            try:
+                found[label].append(sides[label]())
+            except subprocess.CalledProcessError as error:
+                print(f"{label}: left out, it ended with status {error.returncode}", file=sys.stderr)
+                del found[label]
+    return [{"what": label, "seconds": [seconds for seconds, _ in turns], "MB/s": [size / 1e6 / t for t, _ in turns],
+             "peak MB": [peak for _, peak in turns]} for label, turns in found.items()]
 
 
-def main():
+def main(argv=None):
+    """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="a UTF-8 file to repeat (default: Python's pydocs)")
     parser.add_argument("--mb", type=float, default=200, help="size of the text in megabytes (default: 200)")
     parser.add_argument("--n", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--tokenizers", default="char,byte,gpt2", help="default: char,byte,gpt2")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, to time its prepare.py on the same text")
-    parser.add_argument("--out", type=Path, default=Path("prepare_bench.json"), help="default: prepare_bench.json")
-    args = parser.parse_args()
+    parser.add_argument("--json", default="bench-prepare.json", help="file to write (default: bench-prepare.json)")
+    args = parser.parse_args(argv)
 
     if args.text:
         text = args.text.read_bytes()
@@ -82,43 +77,39 @@ def main():
         from pydoc_data.topics import topics
 
         text = "\n\n".join(topics[key] for key in sorted(topics)).encode()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows, single = [], None
+    sides = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = folder / "text.txt"
         repeated(text, int(args.mb * 1e6), path)
         size = path.stat().st_size
+        known = facts(n=args.n, mb=round(size / 1e6, 1))
         for tokenizer in args.tokenizers.split(","):
             command = [ROOT / "prepare.py", "text.txt", f"--tokenizer={tokenizer}"]
-            try:
-                row = measure(f"prepare.py {tokenizer}", command, folder, size, args.n)
-                if tokenizer not in ("char", "byte"):
-                    alone = [sys.executable, "-c", SINGLE_THREAD, path, tokenizer]
-                    single = statistics.median(float(subprocess.check_output(alone)) / 1e6 for _ in range(args.n))
-                    rows.append({"what": f"tiktoken {tokenizer}, one thread", "MB/s": single, "peak MB": None})
-                    row["of all cores"] = row["MB/s"] / (cores * single)
-                rows.append(row)
-            except subprocess.CalledProcessError as error:
-                print(f"{tokenizer}: left out, it ended with status {error.returncode}", file=sys.stderr)
-            shutil.rmtree(folder / "data", ignore_errors=True)
+            sides[f"prepare.py {tokenizer}"] = lambda command=command: timed(command, folder)
+            if tokenizer not in ("char", "byte"):
+                sides[f"tiktoken {tokenizer}, one thread"] = lambda t=tokenizer: (size / rate_alone(path, t), None)
         if args.nanogpt:
             theirs = folder / "theirs"
             theirs.mkdir()
             shutil.copy(args.nanogpt / "data" / "shakespeare_char" / "prepare.py", theirs)
             shutil.copy(path, theirs / "input.txt")
-            rows.append(measure("nanoGPT's shakespeare_char", [theirs / "prepare.py"], theirs, size, args.n))
+            sides["nanoGPT's shakespeare_char"] = lambda: timed([theirs / "prepare.py"], theirs)
+        rows = measured(sides, size, args.n)
 
-    machine = f"{platform.machine()}, {cores} cores, Python {platform.python_version()}"
-    print(f"\n{size / 1e6:,.1f} MB, n = {args.n}, {machine}\n")
-    print(f"{'':<32}{'MB/s':>8}{'peak MB':>10}{'of all cores':>14}")
+    lines, single = [["", "MB/s", "peak MB", "of all cores"]], {row["what"]: row["MB/s"] for row in rows}
     for row in rows:
-        peak = f"{row['peak MB']:.0f}" if row["peak MB"] else "-"
-        share = f"{row['of all cores']:.0%}" if "of all cores" in row else "-"
-        print(f"{row['what']:<32}{row['MB/s']:>8.1f}{peak:>10}{share:>14}")
-    report = {"machine": machine, "bytes": size, "n": args.n, "rows": rows}
-    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        alone = single.get(row["what"].replace("prepare.py", "tiktoken") + ", one thread")
+        if alone:
+            row["of all cores"] = statistics.median(row["MB/s"]) / (known["cores"] * statistics.median(alone))
+        lines.append([row["what"], spread(row["MB/s"]), spread(row["peak MB"], 0),
+                      f"{row['of all cores']:.0%}" if alone else "-"])
+        row |= {"MB/s": summary(row["MB/s"]), "peak MB": summary(row["peak MB"])}
+    print(fact_line(known))
+    print(table(lines))
+    write(args.json, dict(facts=known, bytes=size, rows=rows))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

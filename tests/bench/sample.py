@@ -8,21 +8,17 @@ Both models have random weights, the same shapes and the same settings: temperat
 "within" goes on from a prompt of one token until the context is full or all --tokens are there; "past" starts from a
 full context and generates the rest, reading the prompt included; "both" is the one after the other. The two sides take
 turns, after one turn that is not counted. sample.py takes a single CPU thread where more do not pay. Speeds are tokens
-a second of all sequences of a batch together: the median of n turns, and in brackets the slowest and the fastest.
+a second of all sequences of a batch together: the median of n turns, and in brackets the slowest to the fastest.
 """
 import argparse
 import contextlib
-import importlib.util
 import io
-import json
-import os
-import platform
 import statistics
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import ROOT, fact_line, facts, nanogpt_model, spread, table, write
+
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
@@ -53,9 +49,7 @@ def ours(size, device, dtype, threads):
 
 def nanogpt(checkout, size, device, dtype, threads):
     """The same for nanoGPT's model.py, under autocast as its sample.py has it."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(checkout) / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = nanogpt_model(checkout)
     n_layer, n_head, n_embd, block_size, vocab_size = SIZES[size]
     with contextlib.redirect_stdout(io.StringIO()):
         model = module.GPT(module.GPTConfig(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer,
@@ -98,6 +92,7 @@ def measure(sides, batch, tokens, context, n):
 
 
 def main(argv=None):
+    """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="10.8M", choices=SIZES, help="of the model, in parameters (default: 10.8M)")
     parser.add_argument("--nanogpt", help="a checkout of nanoGPT to compare with")
@@ -110,6 +105,7 @@ def main(argv=None):
     parser.add_argument("--json", default="bench-sample.json", help="file to write (default: bench-sample.json)")
     args = parser.parse_args(argv)
 
+    known = facts(size=args.size, tokens=args.tokens, context=SIZES[args.size][3], n=args.n, threads=args.threads)
     torch.manual_seed(0)
     hardware = train.Settings(device=args.device, dtype=args.dtype)
     device = train.join_world(hardware).device
@@ -117,26 +113,23 @@ def main(argv=None):
     sides = {"sample.py": ours(args.size, device, dtype, args.threads)}
     if args.nanogpt:
         sides["nanoGPT"] = nanogpt(args.nanogpt, args.size, device, dtype, args.threads)
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    facts = dict(size=args.size, tokens=args.tokens, context=SIZES[args.size][3], n=args.n, device=str(device),
-                 chip=chip, cores=os.cpu_count(), threads=args.threads, load_before=load,
-                 dtype=str(dtype).removeprefix("torch."), torch=torch.__version__, python=platform.python_version())
-    print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    print(f"{'batch':>5}  {'tokens/s':<10}{'within context':>24}{'past it':>24}{'both':>24}")
+    chip = dict(chip=torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
+    known |= chip | dict(device=str(device), dtype=str(dtype).removeprefix("torch."))
+    rows = [["", "batch", "tokens/s within context", "past it", "both"]]
     results = []
     for batch in map(int, args.batch.split(",")):
-        found = measure(sides, batch, args.tokens, facts["context"], args.n)
+        found = measure(sides, batch, args.tokens, known["context"], args.n)
         for name, parts in found.items():
-            cells = [f"{statistics.median(v):,.0f} [{min(v):,.0f}, {max(v):,.0f}]" if v else "" for v in parts.values()]
-            print(f"{batch:>5}  {name:<10}" + "".join(f"{cell:>24}" for cell in cells), flush=True)
+            rows.append([name, batch, *(spread(values, 0) for values in parts.values())])
         if args.nanogpt:
-            cells = [f"{statistics.median(v) / statistics.median(found['nanoGPT'][part]):.1f} x" if v else ""
-                     for part, v in found["sample.py"].items()]
-            print(f"{'':>5}  {'ratio':<10}" + "".join(f"{cell:>24}" for cell in cells), flush=True)
+            rows.append(["ratio", batch, *(
+                f"{statistics.median(v) / statistics.median(found['nanoGPT'][part]):.1f} x" if v else "-"
+                for part, v in found["sample.py"].items())])
         results.append(dict(batch=batch, tokens_per_second=found))
-    Path(args.json).write_text(json.dumps(facts | dict(results=results), indent=2) + "\n", encoding="utf-8")
-    print(f"written to {args.json}")
+        print(f"batch {batch} is measured", file=sys.stderr, flush=True)
+    print(fact_line(known))
+    print(table(rows))
+    write(args.json, known | dict(results=results))
     return 0
 
 

@@ -9,12 +9,10 @@ that of the same processes with gradients left unsynchronized and Muon's results
 whole steps; the rest of a whole step is the time in communication that computing does not hide. Words that are not
 flags of this script are train.py's.
 """
-
 import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import ROOT, facts
+
 sys.path.insert(0, str(ROOT))
 SHAPE = ["--n_layer=4", "--n_head=4", "--n_embd=128", "--block_size=128", "--batch_size=24", "--vocab_size=65",
          "--device=cpu", "--dtype=float32", "--compile=False"]
@@ -143,8 +142,7 @@ def main():
     argv = [*SHAPE, *(str(Path(word).resolve()) if word.endswith(".py") else word for word in argv)]
     if arguments.worker:
         return worker(argv, arguments.steps, arguments.rounds)
-    figures = dict(machine=platform.processor() or platform.machine(), cores=os.cpu_count(), words=argv,
-                   on_paper=on_paper(arguments.mfu, arguments.ms))
+    figures = facts(n=arguments.n, words=argv) | dict(on_paper=on_paper(arguments.mfu, arguments.ms))
     if not arguments.paper:
         counts = [int(word) for word in arguments.processes.split(",")]
         figures["measured"] = measured(counts, argv, arguments.n, arguments.steps, arguments.rounds)

@@ -6,18 +6,13 @@
 The shards are holes in files, which take no room on the disk; needs a file system that has them. A hole is read as
 fast as memory once the system's cache has it, so this shows what train.py adds, not what a disk does.
 """
-
 import argparse
 import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import ROOT, fact_line, facts, log_of, spread, summary, table, timed, write
+
 HEADER = 1024
 TINY = ("--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --max_iters=100 --eval_interval=100 "
         "--log_interval=1 --eval_iters=1 --checkpoint_minutes=0 --device=cpu --dtype=float32 --compile=False").split()
@@ -42,16 +37,8 @@ def make_dataset(folder: Path, shards: int, tokens: int):
 
 def measure(folder: Path, dataset: str) -> dict:
     """One run of train.py in a fresh process."""
-    command = [sys.executable, ROOT / "train.py", *TINY, f"--dataset={dataset}"]
-    child = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
-    peak = None
-    if hasattr(os, "wait4"):
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-    if child.wait():
-        raise subprocess.CalledProcessError(child.returncode, command)
-    log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    _, peak = timed([ROOT / "train.py", *TINY, f"--dataset={dataset}"], folder)
+    log = log_of(folder / "out")
     times = [line["elapsed"] for line in log]
     step = (times[-2] - times[9]) / (len(times) - 11)  # without the first ten, and the last, which evaluates and saves
     return {"peak MB": peak, "first step s": times[0], "ms a step": 1000 * step}
@@ -65,6 +52,7 @@ def main():
     parser.add_argument("--json", type=Path, default=Path("bench-shards.json"), help="default: bench-shards.json")
     args = parser.parse_args()
 
+    known = facts(n=args.n)
     sizes = {"small": (1, 10**6), "large": (args.shards, args.tokens)}
     runs = {name: [] for name in sizes}
     with tempfile.TemporaryDirectory() as name:
@@ -76,26 +64,16 @@ def main():
             for dataset in sizes:
                 runs[dataset].append(measure(folder, dataset))
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = f"{platform.machine()}, {cores} cores, Python {platform.python_version()}"
-    print(f"\nn = {args.n}, medians (least to most), {machine}\n")
-    print(f"{'training tokens':>16}{'shards':>8}{'peak MB':>26}{'launch to step 1, s':>26}{'ms a step':>26}")
-    rows = []
+    rows, lines = [], [["training tokens", "shards", "peak MB", "launch to step 1, s", "ms a step"]]
     for dataset, (shards, tokens) in sizes.items():
-        row = {"tokens": shards * tokens, "shards": shards, "runs": runs[dataset]}
-        shown = []
-        for key, digits in (("peak MB", 1), ("first step s", 2), ("ms a step", 2)):
-            found = [run[key] for run in runs[dataset]]
-            row[key] = None if None in found else statistics.median(found)
-            if row[key] is None:
-                shown.append("-")
-                continue
-            low, high = min(found), max(found)
-            shown.append(f"{row[key]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
-        print(f"{row['tokens']:>16,}{shards:>8}{shown[0]:>26}{shown[1]:>26}{shown[2]:>26}")
-        rows.append(row)
-    report = {"machine": machine, "n": args.n, "rows": rows}
-    args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        found = {key: [run[key] for run in runs[dataset]] for key in ("peak MB", "first step s", "ms a step")}
+        lines.append([f"{shards * tokens:,}", shards,
+                      *(spread(found[key], digits) for key, digits in zip(found, (1, 2, 2), strict=True))])
+        rows.append(dict(tokens=shards * tokens, shards=shards, runs=runs[dataset])
+                    | {key: summary(values) for key, values in found.items()})
+    print(fact_line(known))
+    print(table(lines))
+    write(args.json, dict(facts=known, rows=rows))
 
 
 if __name__ == "__main__":
