@@ -178,6 +178,7 @@ class Cache:
         shape = (c.n_layer, batch, c.n_head, size, c.n_embd // c.n_head)
         self.keys = list(torch.empty(shape, device=device, dtype=dtype))
         self.values = list(torch.empty(shape, device=device, dtype=dtype))
+        self.tokens = torch.empty(batch, 0, dtype=torch.long, device=device)  # the last ones, for n-grams
         self.size, self.length = size, 0
 
     def extend(self, layer, k, v):
@@ -196,7 +197,7 @@ class Cache:
     def before(self, idx, count):
         """The `count` tokens before the new ones idx (B, T), as (B, count), zeros before the first; idx is noted."""
         held = self.tokens if self.length else idx.new_zeros(len(idx), count)
-        self.tokens = torch.cat([held, idx], 1)[:, -count:] if count else held
+        self.tokens = torch.cat([held, idx], 1)[:, -count:]
         return held
 
     def repeat(self, times):

@@ -160,7 +160,7 @@ def test_parameter_count(variant):
     gains = c.norm_weight * C * (2 if c.bias and c.norm == "layernorm" else 1)
     gains *= c.norm != "none"
     block = 4 * C * C + c.bias * 4 * C + gains + c.mlp * (8 * C * C + c.bias * 5 * C + gains)
-    tables = (c.ngram - 1) * c.ngram_rows * C
+    tables = (c.ngram - 1) * (c.ngram_rows + C) * (C // 4)
     places = c.block_size * C if c.position == "learned" else 0
     assert sum(p.numel() for p in model.parameters()) == (
         rows * C * (1 if c.tied_head else 2) + tables + places + c.n_layer * block + gains)
@@ -180,12 +180,12 @@ def test_ngram_tables_see_the_last_tokens_and_no_more():
 def test_ngram_hash_stays_inside_its_tables_and_spreads():
     model = gpt(ngram=4, ngram_rows=4096)
     idx = torch.randint(SHAPE["vocab_size"], (64, 256))
-    for n, rows in enumerate(model.ngram_ids(idx, None), 2):
+    for n, rows in enumerate(model.ngrams.ids(idx, None), 2):
         assert rows.min() >= 0 and rows.max() < 4096
         grams = len(idx.unfold(1, n, 1).flatten(0, 1).unique(dim=0))
         expected = 4096 * (1 - math.exp(-grams / 4096))  # rows hit when each n-gram falls on any of them alike
         assert 0.9 * expected < len(rows[:, n - 1:].unique()) < 1.1 * min(4096, grams), n
-        assert torch.equal(rows[:1, 9:12], model.ngram_ids(idx[:1, 9 - n + 1:12], None)[n - 2][:, n - 1:]), n
+        assert torch.equal(rows[:1, 9:12], model.ngrams.ids(idx[:1, 9 - n + 1:12], None)[n - 2][:, n - 1:]), n
 
 
 @pytest.mark.parametrize("size, count", [
