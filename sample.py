@@ -1,4 +1,4 @@
-"""Let a trained model write, measure it on a text, or hand it on to transformers.
+"""Let a trained model write, draw what it learned, measure it on a text, or hand it on to transformers.
 
     python sample.py                                         # a text from nothing
     python sample.py --start="ROMEO:"                        # go on from these words
@@ -9,6 +9,11 @@
     python sample.py --temperature=0                         # always the likeliest token
     python sample.py --init_from=gpt2 --start="The sea"      # GPT-2 itself, fetched once; or a path to its files
     python sample.py --score=book.txt                        # loss and bits per byte of a text, instead of writing
+    python sample.py --every_step                            # beside train.py: a line from each new checkpoint
+    python sample.py --plot                                  # the run's losses as a picture, out/loss.png
+    python sample.py --plot out-a out-b                      # several runs in one picture, compare.png
+    python sample.py --show=attention --start="To be"        # which token looks at which, as out/attention.png
+    python sample.py --show=probabilities --start="To be"    # what may come next, as out/probabilities.png
     python sample.py --export=FOLDER                         # the model as a folder that transformers loads
     python sample.py --help                                  # every setting, its default and its reason
 
@@ -17,6 +22,7 @@ Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabul
 """
 import ast
 import codecs
+import contextlib
 import errno
 import inspect
 import json
@@ -25,6 +31,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -34,12 +41,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import prepare
 import train
 from train import UserError, setting
 
 SEPARATOR = "-" * 15
+SHOWN = ("attention", "probabilities")
+LINE, POLL = 60, 0.5  # every_step: characters of a line, seconds between two looks at the file
 ROWS = 64  # texts generated at once; each holds a cache of its own, so memory bounds their number
 
 
@@ -52,6 +62,9 @@ class Settings:
                                        "distilgpt2 or a path to such files")
     export: str = setting("", "instead of writing: a new folder to put the model in, for transformers")
     score: str = setting("", "instead of writing: a text file whose loss, perplexity and bits per byte to show")
+    plot: str = setting("", "instead of writing: draw the losses of these runs: --plot out-a out-b; alone, out_dir's")
+    show: str = setting("", "instead of writing: draw what the model makes of the start", ("", *SHOWN))
+    every_step: bool = setting(False, "a short text from each new ckpt.pt while train.py writes them, to the run's end")
     start: str = setting("", "text to go on from, FILE:path, or - for standard input; nothing begins a new text")
     per_line: bool = setting(False, "each line of the start is a prompt of its own; empty ones are left out")
     interactive: bool = setting(False, "each line typed is a prompt, until Ctrl-D")
@@ -78,21 +91,51 @@ def check(s):
         raise UserError(f"top_p={s.top_p} must be above 0 and at most 1: for example --top_p=0.95, or 1 for all tokens")
     if s.interactive and (s.start or s.per_line):
         raise UserError("interactive=True takes its prompts from the keyboard: leave out --start and --per_line")
-    if sum(map(bool, (s.export, s.score, s.start or s.interactive))) > 1:
-        raise UserError("--export, --score and writing (--start, --interactive) are commands of their own: give one")
+    commands = [name for name in ("export", "score", "plot", "show", "every_step", "interactive") if getattr(s, name)]
+    if len(commands) > 1 or s.start and set(commands) & {"export", "score", "plot"}:
+        raise UserError(f"--{' and --'.join(commands + ['start'] * bool(s.start))} are commands of their own: give one")
+    if s.per_line and (s.show or s.every_step):
+        raise UserError(f"--{commands[0]} takes one prompt: leave out --per_line")
+    if s.every_step and s.init_from != "resume":
+        raise UserError(f"--every_step waits for the checkpoints of a run: leave out --init_from={s.init_from}")
     if s.init_from == "scratch" or s.init_from != "resume" and s.ckpt:
         raise UserError(f"init_from={s.init_from}" + f" beside ckpt={s.ckpt}" * bool(s.ckpt) +
                         ": give --ckpt=PATH for a checkpoint, or --init_from=gpt2 or a path for GPT-2")
 
 
-def load(s):
-    """The model, on the CPU in evaluation mode, and its tokenizer. Raises UserError and prepare.UserError."""
+def identity(path):
+    """What changes when a file is replaced by another; None where there is none."""
+    try:
+        found = os.stat(path)
+        return found.st_ino, found.st_mtime_ns, found.st_size
+    except (OSError, ValueError):
+        return None
+
+
+def read_checkpoint(path):
+    """What train.load_checkpoint reads, also while train.py replaces it by two renames, between which it is missing."""
+    for _ in range(50):
+        file = identity(path)
+        try:
+            return train.load_checkpoint(path)
+        except UserError:
+            if identity(path) == file and (file or not os.path.exists(Path(path).parent / "ckpt-previous.pt")):
+                raise
+        time.sleep(0.01)
+    return train.load_checkpoint(path)
+
+
+def load(s, checkpoint=None):
+    """The model, on the CPU in evaluation mode, and its tokenizer: of `checkpoint`, else of what the settings name.
+
+    Raises UserError and prepare.UserError.
+    """
     path = Path(s.ckpt or Path(s.out_dir) / "best.pt")
     if not s.ckpt and not os.path.exists(path):
         path = Path(s.out_dir) / "ckpt.pt"
-    if s.init_from == "resume":
-        checkpoint = train.load_checkpoint(path)
-    else:
+    if checkpoint is None and s.init_from == "resume":
+        checkpoint = read_checkpoint(path)
+    elif checkpoint is None:
         path, checkpoint = s.init_from, read_gpt2(s.init_from)
     tokenizer = prepare.tokenizer_from_spec(checkpoint["tokenizer"])
     model = train.model_from_checkpoint(checkpoint, path)
@@ -207,6 +250,14 @@ class Cache:
         self.tokens = self.tokens.repeat_interleave(times, 0)
 
 
+def finite(logits):
+    """The logits themselves. Raises UserError where they are not finite."""
+    if not logits.isfinite().all():
+        raise UserError("the model's output is not finite: its weights are damaged, or dtype is too coarse for "
+                        "it: try --dtype=float32, or train anew")
+    return logits
+
+
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, num_samples=1, repetition_penalty=1.0, forbidden=None, **drawing):
     """Yield max_new_tokens times the next token ids (B * num_samples,), int64, of prompts idx (B, T), T >= 1.
@@ -234,10 +285,7 @@ def generate(model, idx, max_new_tokens, num_samples=1, repetition_penalty=1.0, 
         logits = model(new, cache=cache)[0][:, -1]  # (B, V)
         cache.length += new.shape[1]
         if step == 0:
-            if not logits.isfinite().all():
-                raise UserError("the model's output is not finite: its weights are damaged, or dtype is too coarse for "
-                                "it: try --dtype=float32, or train anew")
-            logits, recent = logits.repeat_interleave(num_samples, 0), recent.repeat_interleave(num_samples, 0)
+            logits, recent = finite(logits).repeat_interleave(num_samples, 0), recent.repeat_interleave(num_samples, 0)
             cache.repeat(num_samples)  # the prompt was read once for all its samples
         if seen is not None:
             logits = penalize_repetition(logits, seen, repetition_penalty)
@@ -424,6 +472,246 @@ def score(s):
     show(f"{s.score}: loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.2f}, "
          f"{total / math.log(2) / size:.4f} bits per byte ({count:,} tokens after the first, {size:,} bytes, "
          f"each predicted from the {T - max(1, T // 2) + 1} to {T} before it)\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures: matplotlib is imported where one is drawn, without pyplot, whose state every caller would share
+
+
+GREY = "#dddddd"
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 black".split()  # Okabe and Ito's, for colour-blind eyes
+MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", (0, (1, 1)))  # which tell the lines apart in black and white too
+TOKENS, LIKELIEST = 32, 20  # the most tokens of a prompt, and of those that may come next, in one picture
+
+
+def new_figure(width, height):
+    """An empty matplotlib Figure, its size in inches. Raises UserError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("a picture needs matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_picture(figure, target):
+    """Write a Figure as a PNG file, whole or not at all, and never through a link. Raises UserError."""
+    temporary = Path(f"{target}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            figure.savefig(file, format="png", dpi=120)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target} ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def visible(text, space=" "):
+    """Text in which line ends, tabs and what cannot be printed are one visible character each."""
+    text = text.replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text).replace(" ", space)
+
+
+def drawable(text, longest=24):
+    """Text as a picture can show it: visible, not too long, and what the font lacks as its code: U+4E2D."""
+    from matplotlib import font_manager
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    text = text if len(text) <= longest else text[:longest - 1] + "…"
+    return "".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in visible(text, "␣"))
+
+
+def names(tokenizer, ids):
+    """How a picture shows each of these ids; bytes that are no characters as \\xff."""
+    return [drawable(tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace")) or f"#{i}" for i in ids]
+
+
+def upright(labels):
+    """The angle at which labels fit below an axis: longer ones than a character stand upright."""
+    return 90 if any(len(label) > 1 for label in labels) else 0
+
+
+def read_log(folder):
+    """The lines of a run's log.jsonl, as dicts of their finite numbers; damaged ones are left out. Raises UserError."""
+    path = Path(folder) / "log.jsonl"
+    try:
+        text = train.plain(path).read_text("utf-8", "replace")
+    except (OSError, ValueError) as error:
+        raise UserError(f"plot: cannot read {path} ({getattr(error, 'strerror', None) or error}): "
+                        "give the folders of runs, as in --plot out") from None
+    lines = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(line := json.loads(line), dict):
+                lines.append({k: v for k, v in line.items() if type(v) in (int, float) and abs(v) < 1e18})
+    lines = [line for line in lines if "step" in line and ("loss" in line or "val_loss" in line)]
+    if not lines:
+        raise UserError(f"plot: {path} holds no loss yet: wait for the run's first log line")
+    return lines
+
+
+def loss_figure(folders):
+    """The picture of plot_losses, as a Figure."""
+    figure, runs = new_figure(9, 6), [(folder, read_log(folder)) for folder in folders]
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter
+    # a log of an earlier train.py has no tokens; then all are drawn by their steps
+    x = "tokens" if all("tokens" in line for _, lines in runs for line in lines if line["step"]) else "step"
+    losses, rates = figure.subplots(2, sharex=True, height_ratios=[5, 1])
+    ends = []
+    for i, (folder, lines) in enumerate(runs):
+        curves = {key: ([line.get(x, 0) for line in lines if key in line], [line[key] for line in lines if key in line])
+                  for key in ("loss", "val_loss", "lr")}
+        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i % len(DASHES)])
+        losses.plot(*curves["loss"], **style, linewidth=1, alpha=0.4)
+        losses.plot(*curves["val_loss"], **style, marker=MARKERS[i % len(MARKERS)], markersize=5,
+                    markevery=max(1, len(curves["val_loss"][0]) // 20))
+        rates.plot(*curves["lr"], **style, linewidth=1.2)
+        xs, ys = curves["val_loss" if curves["val_loss"][0] else "loss"]
+        name = str(folder) if len(str(folder)) <= 24 else "…" + str(folder)[-23:]  # names of runs differ at the end
+        ends.append((ys[-1], xs[-1], f"{min(ys):.4f} {drawable(name)}", style["color"]))
+    bottom, top = losses.get_ylim()
+    free = 0.0  # labels stand at their curves' ends, or above the label below
+    for y, x_end, label, colour in sorted(ends):
+        height = max((y - bottom) / (top - bottom), free)
+        free = height + min(0.05, 1 / len(ends))
+        losses.annotate(label, (x_end, y), (1.02, height), textcoords="axes fraction", color=colour, va="center",
+                        fontsize=9, parse_math=False,
+                        arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.6, relpos=(0, 0.5)))
+    losses.legend(handles=[
+        Line2D([], [], color="black", marker="o", markersize=5, label="validation, its best at the right"),
+        Line2D([], [], color="black", linewidth=1, alpha=0.4, label="training")], loc="upper right")
+    losses.set_ylabel("loss, nats a token")
+    rates.set(ylabel="learning rate", xlabel="tokens seen" if x == "tokens" else "steps (optimizer updates)")
+    rates.set_ylim(bottom=0)
+    rates.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in (losses, rates):
+        axes.grid(color=GREY, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_losses(folders, target):
+    """Draw the curves of runs, each a folder with a log.jsonl, into the PNG file `target`, whole or not at all.
+
+    Losses in nats a token over the tokens seen (over steps where a log does not have them), and the learning rate.
+    Raises UserError where matplotlib or a log is missing, or the file cannot be written.
+    """
+    save_picture(loss_figure(folders), target)
+
+
+def plot(s):
+    """The picture that --plot asks for. Raises UserError."""
+    folders = list(dict.fromkeys(filter(None, s.plot.split("\n")))) or [s.out_dir]
+    target = Path("compare.png") if len(folders) > 1 else Path(folders[0]) / "loss.png"
+    plot_losses(folders, target)
+    show(f"{target}\n")
+
+
+class AttentionWeights(TorchFunctionMode):
+    """While entered, keeps in `maps` the weights (B, H, T, T) of each attention, from the queries and keys it is given.
+
+    The fused kernel, which goes on to do the work, never holds them as a whole.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.maps = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            q, k = args[0].float(), args[1].float()  # (B, H, T, D)
+            scores = q @ k.mT / math.sqrt(q.shape[-1])
+            future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+            self.maps.append(scores.masked_fill(future, -torch.inf).softmax(-1))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def attention_maps(model, ids):
+    """How much each token (row) looks at each (column), (layer, H, T, T) on the CPU, for ids (T,) a list."""
+    with AttentionWeights() as weights:
+        finite(model(torch.tensor([ids], device=model.wte.weight.device))[0])
+    return torch.cat(weights.maps).cpu()
+
+
+def attention_figure(maps, labels):
+    """A Figure of attention_maps: a grid of layers by heads, in which labels name the tokens."""
+    L, H, T, _ = maps.shape
+    cell = min(max(0.11, 8 / (H * (T + 1))), 0.5, 60 / (max(L, H) * (T + 1)))  # inches; 60 bound the file's size
+    figure = new_figure(max(7, H * (T + 1) * cell + 2.2), L * (T + 1) * cell + 1.6)
+    # one image with grey gaps, because hundreds of axes would take minutes
+    mosaic = np.full((L, T + 1, H, T + 1), np.nan, np.float32)
+    mosaic[:, :T, :, :T] = maps.permute(0, 2, 1, 3)
+    axes = figure.subplots()
+    axes.set_facecolor(GREY)
+    image = axes.imshow(mosaic.reshape(L * (T + 1), H * (T + 1))[:-1, :-1], cmap="Blues", vmin=0, vmax=1,
+                        aspect="auto")
+    text = dict(fontsize=min(cell * 72 * 0.8, 10), parse_math=False)
+    places = [i for i in range(max(L, H) * (T + 1)) if i % (T + 1) < T]
+    axes.set_xticks(places[:H * T], labels * H, rotation=upright(labels), **text)
+    axes.set_yticks(places[:L * T], labels * L, **text)
+    beside = dict(textcoords="offset points", annotation_clip=False)
+    for head in range(H):
+        axes.annotate(f"head {head + 1}", (head * (T + 1) + (T - 1) / 2, -0.5), (0, 5), ha="center", **beside)
+    for layer in range(L):
+        axes.annotate(f"layer {layer + 1}", (H * (T + 1) - 1.5, layer * (T + 1) + (T - 1) / 2), (5, 0), va="center",
+                      rotation=270, **beside)
+    axes.tick_params(length=0)
+    axes.set(xlabel="looks at this token", ylabel="from this token")
+    axes.set_title("Attention: each row is a token, and shows where it looks", pad=25)
+    figure.colorbar(image, ax=axes, label="weight; each row sums to 1",
+                    shrink=min(1, 3 / (L * (T + 1) * cell)))
+    return figure
+
+
+@torch.inference_mode()
+def probabilities(model, ids):
+    """The model's own distribution, at temperature 1, after each of ids (a list): (T, V) on the CPU."""
+    return finite(model(torch.tensor([ids], device=model.wte.weight.device))[0][0]).softmax(-1).cpu()
+
+
+def probability_figure(p, ids, tokenizer):
+    """A Figure of probabilities (T, V) after each of the T ids: of what came next in them, and of what may come now."""
+    figure = new_figure(9, 8)
+    first = max(1, len(ids) - TOKENS)
+    came = p[range(first - 1, len(ids) - 1), ids[first:]].tolist()
+    given, following = figure.subplots(2, height_ratios=[2 if came else 0.01, 5])
+    labels = names(tokenizer, ids[first:])
+    given.bar(range(len(came)), came, color=COLOURS[0])
+    given.set_xticks(range(len(came)), labels, rotation=upright(labels), parse_math=False)
+    given.set(ylabel="probability", ylim=(0, 1), title="How probable each token of the prompt was after those before")
+    values, likeliest = p[-1].topk(min(LIKELIEST, p.shape[1]))
+    bars = following.barh(range(len(values)), values.tolist(), color=COLOURS[0])
+    following.bar_label(bars, [f"{value:.1%}" for value in values.tolist()], padding=3, fontsize=9)
+    following.set_yticks(range(len(values)), names(tokenizer, likeliest.tolist()), parse_math=False)
+    following.invert_yaxis()
+    following.set(xlabel="probability", title=f"What may come next: the {len(values)} likeliest tokens")
+    given.margins(x=0.01)
+    following.margins(x=0.1, y=0.02)
+    if not came:
+        given.remove()
+    for axes in (given, following):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def show_picture(s):
+    """Draw what --show asks for. Raises UserError and prepare.UserError."""
+    new_figure(1, 1)  # without matplotlib this says so, before the model is read
+    writer = Writer(s)
+    ids = writer.encode(read_start(s.start))
+    if s.show == "attention":
+        if not writer.model.config.n_layer or len(ids) < 2:
+            raise UserError("show=attention: this model has no layer that could attend: n_layer=0" if len(ids) > 1 else
+                            'show=attention needs a start of at least two tokens: for example --start="To be"')
+        ids = ids[-TOKENS:]
+        figure = attention_figure(attention_maps(writer.model, ids), names(writer.tokenizer, ids))
+    else:
+        figure = probability_figure(probabilities(writer.model, ids), ids, writer.tokenizer)
+    folder = Path(s.ckpt).parent if s.ckpt else Path(s.out_dir if s.init_from == "resume" else "")
+    save_picture(figure, folder / f"{s.show}.png")
+    show(f"{folder / s.show}.png\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -759,8 +1047,8 @@ def export(s):
 class Writer:
     """A model, its tokenizer and the way to draw: it goes on from starts, on standard output."""
 
-    def __init__(self, s):
-        self.model, self.tokenizer = load(s)
+    def __init__(self, s, checkpoint=None):
+        self.model, self.tokenizer = load(s, checkpoint)
         self.device, V = place(self.model, s), self.model.config.vocab_size
         self.model.to(self.model.compute_dtype)  # once here, or every layer would do it at every token
         blank = [i for i in range(V) if not self.tokenizer.decode_bytes([i])]  # gaps, and rows beyond the vocabulary
@@ -826,6 +1114,46 @@ class Writer:
         show("" if end == "\n" else "\n")
 
 
+def every_step(s):
+    """Print a line for the checkpoint that is there and for each that replaces it, until the run has ended.
+
+    One that is replaced before it was read is left out. Raises UserError and prepare.UserError.
+    """
+    path, start = s.ckpt or str(Path(s.out_dir) / "ckpt.pt"), read_start(s.start)
+    s = replace(s, ckpt=path, max_new_tokens=min(s.max_new_tokens, LINE))
+    seen = printed = None
+    if not os.path.exists(path):
+        complain(f"there is no {path} yet: waiting until train.py has written it; Ctrl-C ends this")
+    while True:
+        file = identity(path)
+        if file in (None, seen):
+            time.sleep(POLL)
+            continue
+        try:
+            checkpoint = train.load_checkpoint(path)
+        except UserError:
+            if identity(path) == file:
+                raise  # it is damaged; otherwise it was replaced while it was read
+            continue
+        seen, step, last = file, checkpoint["step"], checkpoint["config"].get("max_iters")
+        if printed != (printed := (step, checkpoint.get("elapsed"))):  # equal: it was replaced after identity()
+            show(line_of(s, start, checkpoint))
+        if type(last) is int and step >= last:
+            return complain(f"the run has ended, at step {step} of {last}")
+        del checkpoint  # its memory may be what train.py needs meanwhile
+
+
+def line_of(s, start, checkpoint):
+    """A checkpoint in one line: its step, the best validation loss up to it, and what it makes of the start."""
+    writer, text, best = Writer(s, checkpoint), "", checkpoint.get("best_val_loss")
+    for (piece,) in writer.pieces([writer.encode(start)], 1):
+        text += piece
+        if len(text) >= LINE:
+            break
+    best = f"{best:.4f}" if type(best) is float and best < math.inf else "-"  # before the first evaluation
+    return f"step {checkpoint['step']:6d}  best val loss {best:<6}  {visible(text[:LINE])}\n"
+
+
 def run(s):
     """Write what the settings ask for. Raises UserError and prepare.UserError."""
     check(s)
@@ -833,6 +1161,12 @@ def run(s):
         return export(s)
     if s.score:
         return score(s)
+    if s.plot:
+        return plot(s)
+    if s.show:
+        return show_picture(s)
+    if s.every_step:
+        return every_step(s)
     starts = [] if s.interactive else [read_start(s.start)]
     if s.per_line:
         starts = [line for line in starts[0].split("\n") if line.strip()]
@@ -847,6 +1181,24 @@ def run(s):
             writer.write([line])
         except prepare.UserError as error:  # an unknown character: the next line may be better
             complain(error)
+
+
+def join_folders(argv):
+    """The command line with the words after --plot, which are folders and no config files, in its value, a line each.
+
+    >>> join_folders(["--plot=a", "b", "--seed=1"])
+    ['--plot=a\\nb\\n', '--seed=1']
+    """
+    joined, taking = [], False
+    for word in argv:
+        key, _, value = word.partition("=")
+        if taking and not word.startswith("--"):
+            joined[-1] += word + "\n"
+        elif taking := key == "--plot":
+            joined.append(f"--plot={value}\n")
+        else:
+            joined.append(word)
+    return joined
 
 
 def complain(error):
@@ -864,7 +1216,7 @@ def main(argv=None):
         if "--help" in argv or "-h" in argv:
             show(__doc__ + "\nSettings, each with its default:\n" + train.describe(Settings) + "\n")
         else:
-            run(train.override(Settings(), argv))
+            run(train.override(Settings(), join_folders(argv)))
         return 0
     except (UserError, prepare.UserError) as error:
         complain(error)

@@ -1339,6 +1339,16 @@ def clock(seconds):
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
+def draw_losses(out, world):
+    """Keep out_dir/loss.png current, where matplotlib is installed; sample.py --plot, which compares runs, draws it."""
+    if world.rank == 0 and importlib.util.find_spec("matplotlib"):
+        try:
+            import sample
+            sample.plot_losses([out], out / "loss.png")
+        except Exception as error:  # a picture is never worth a run
+            tell(f"note: {out / 'loss.png'} could not be drawn: {' '.join(str(error).split())[:100]}", "stderr")
+
+
 def show_progress(world, what, done, total, began):
     """A bar on a terminal for what takes longer than two seconds, wiped out when it is done."""
     if world.rank == 0 and sys.stdout.isatty() and time.monotonic() - began > 2:
@@ -1661,6 +1671,7 @@ def fit(run, splits, s, world):
         if evaluating or stopping or saving:
             progress.elapsed = log.elapsed()
             run.save(out, val_loss, world, final=stopping or progress.step == s.max_iters)
+            draw_losses(out, world)
             saved = time.monotonic()
         recent.clear()
         began = time.monotonic()

@@ -175,6 +175,8 @@ def project(tmp_path, monkeypatch, capsys, torch_state):
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID",
                 "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(key, raising=False)
+    import train
+    monkeypatch.setattr(train, "draw_losses", lambda *args: None)  # takes longer than a tiny run; see test_pictures.py
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield Project(tmp_path, capsys)
