@@ -29,6 +29,7 @@ def no_warnings():
     """A glyph that the font lacks, and whatever else matplotlib has to say, would land on stderr."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of train.py, whose open data the process closes
         yield
 
 
