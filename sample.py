@@ -785,7 +785,7 @@ def read_gpt2(name):
                  if spec.name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
         config = train.Settings(**sizes, activation="gelu" if theirs["activation_function"] == "gelu" else "gelu_tanh",
                           tied_head=theirs["tie_word_embeddings"], position="learned", norm="layernorm",
-                          norm_weight=True, bias=True, qk_norm=False, zero_init=False)
+                          norm_weight=True, bias=True, qk_norm=False, zero_init=False, ngram=1)
         train.check(config)
         model = gpt2_weights(read_tensors(path), config, path)
     except UserError:

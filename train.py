@@ -86,9 +86,9 @@ class GPTConfig:
     n_layer: int = setting(4, "blocks; 0 makes a bigram model", least=0, below=10**4)
     n_head: int = setting(4, "attention heads in a block; must divide n_embd", least=1)
     n_embd: int = setting(128, "C, channels of the residual stream", least=1, below=10**6)
-    ngram: int = setting(1, "tokens an embedding sees: above 1, those of the 2, 3, ... tokens that end at its place "
+    ngram: int = setting(5, "tokens an embedding sees: above 1, those of the 2, 3, ... tokens that end at its place "
                             "are added to the token's own", least=1, below=9)
-    ngram_rows: int = setting(16384, "rows of each of these tables; n-grams share them by a hash", least=1, below=2**31)
+    ngram_rows: int = setting(32768, "rows of each of these tables; n-grams share them by a hash", least=1, below=2**31)
     dropout: float = setting(0.0, "share of the residual branches' outputs dropped in training", least=0, below=1)
     bias: bool = setting(False, "biases in the linear layers and LayerNorms")
     position: str = setting("rope", "how a token knows its place", ("rope", "learned", "none"))
@@ -121,7 +121,7 @@ class Settings(GPTConfig):
     # optimizer
     optimizer: str = setting("muon", "Muon for the blocks' matrices and AdamW for the rest, or all AdamW",
                              ("muon", "adamw"))
-    learning_rate: float = setting(1e-2, "peak, for every parameter: Muon's update is scaled to AdamW's size", least=0)
+    learning_rate: float = setting(5e-3, "peak, for every parameter: Muon's update is scaled to AdamW's size", least=0)
     max_iters: int = setting(2000, "optimizer updates in all", least=1)
     weight_decay: float = setting(0.1, "decoupled, on matrices and embeddings", least=0)
     beta1: float = setting(0.9, "AdamW's decay of the gradient mean", least=0, below=1)

@@ -8,6 +8,7 @@ position = "learned"
 norm = "layernorm"
 norm_weight = True
 qk_norm = False
+ngram = 1
 activation = "gelu_tanh"
 tied_head = True
 zero_init = False

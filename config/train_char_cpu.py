@@ -1,4 +1,7 @@
-"""Character-level Shakespeare on two CPU cores: about two minutes from launch to a validation loss of 1.64."""
+"""Character-level Shakespeare on two CPU cores: under two minutes from launch to a validation loss of 1.50.
+
+What brings how much is in the README's table of ablations.
+"""
 batch_size = 8
 block_size = 128
 n_layer = 4

@@ -11,6 +11,7 @@ at 40 % of an H100's 989 TFLOPS: 1.3 hours on one GPU, 10 minutes on eight, at $
 dataset = "fineweb"
 size = "gpt2"
 tied_head = True  # untied, the head would add 39M parameters
+ngram = 1  # n-gram tables may help here too (arXiv 2501.16975 says so); not tried at this size
 vocab_multiple = 64  # 50,257 rows become 50,304, which GPUs multiply faster
 block_size = 1024
 batch_size = 32

@@ -18,7 +18,8 @@ settings.load_profile("shared machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dataset=tiny --device=cpu --dtype=float32 --compile=False --n_layer=1 --n_head=2 --n_embd=32 "
-        "--block_size=16 --batch_size=4 --max_iters=20 --eval_interval=10 --log_interval=5 --warmup_iters=2").split()
+        "--ngram=3 --ngram_rows=64 --block_size=16 --batch_size=4 --max_iters=20 --eval_interval=10 --log_interval=5 "
+        "--warmup_iters=2").split()
 CHARS = "\n abcdefghijklmnopqrstuvwxyzé€😀"
 TIMINGS = {"elapsed", "tokens_per_second"}  # the keys of a log line that no two runs share
 
@@ -32,7 +33,7 @@ def random_model(seed=0, **config):
     import torch
 
     import train
-    defaults = dict(vocab_size=len(CHARS), block_size=8, n_layer=2, n_head=2, n_embd=16)
+    defaults = dict(vocab_size=len(CHARS), block_size=8, n_layer=2, n_head=2, n_embd=16, ngram=1)
     model = train.GPT(train.GPTConfig(**defaults | config)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

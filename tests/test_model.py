@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import train
 
 pytestmark = pytest.mark.usefixtures("seeded")
-SHAPE = dict(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=32)
+SHAPE = dict(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=32, ngram=1)
 GPT2 = dict(position="learned", norm="layernorm", norm_weight=True, bias=True, qk_norm=False, activation="gelu_tanh",
-            tied_head=True, zero_init=False)
+            tied_head=True, zero_init=False, ngram=1)
 VARIANTS = [{}, GPT2, *({key: value} for key, values in dict(
     position=["learned", "none"], norm=["layernorm", "none"], norm_weight=[True], bias=[True], qk_norm=[False],
     activation=["gelu", "gelu_tanh", "relu"], tied_head=[True], ngram=[2, 5], mlp=[False], zero_init=[False],

@@ -11,7 +11,7 @@ import train
 
 pytestmark = pytest.mark.usefixtures("seeded")
 CPU = torch.device("cpu")
-SHAPE = dict(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=32)
+SHAPE = dict(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=32, ngram=1)
 MODELS = {
     "default": {}, "bigram": dict(n_layer=0), "tied": dict(tied_head=True), "gains": dict(norm_weight=True),
     "gpt2": dict(position="learned", norm="layernorm", norm_weight=True, bias=True, tied_head=True, zero_init=False)}

@@ -5,6 +5,7 @@ position = "none"
 norm = "none"
 zero_init = False
 qk_norm = False
+ngram = 1
 optimizer = "adamw"
 learning_rate = 3e-3
 block_size = 8

@@ -9,6 +9,7 @@ n_embd = 32
 position = "learned"
 zero_init = False
 qk_norm = False
+ngram = 1
 optimizer = "adamw"
 learning_rate = 3e-3
 block_size = 8
