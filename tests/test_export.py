@@ -107,11 +107,11 @@ def test_in_and_out_again_is_the_same_to_the_last_bit(here):
 
 
 def test_a_model_sent_out_can_be_finetuned_here(project):
-    project.train("--position=learned", "--norm=layernorm", "--norm_weight", "--qk_norm=False", "--activation=gelu",
-                  "--bias")
+    project.train("--ngram=1", "--position=learned", "--norm=layernorm", "--norm_weight", "--qk_norm=False",
+                  "--activation=gelu", "--bias")
     assert sample.main(["--export=hf"]) == 0
     assert sample.main(["--init_from=hf", "--max_new_tokens=5", "--start=the"]) == 0
-    project.train("--init_from=hf", "--out_dir=more")
+    project.train("--init_from=hf", "--out_dir=more", "--ngram=1", "--ngram_rows=32768")
     before, after = project.log()[-1]["val_loss"], project.log("more")[0]["val_loss"]
     assert after == pytest.approx(before, abs=1e-5)
 

@@ -385,7 +385,8 @@ def test_one_process_of_a_machine_fetches_and_the_others_wait_for_the_whole_file
 # ----------------------------------------------------------------------------------------------------------------------
 # Finetuning
 
-FINETUNE = ["--n_layer=2", "--dataset=words", "--init_from=hf", "--optimizer=adamw", "--learning_rate=1e-3"]
+SHAPE = ["--ngram=1", "--ngram_rows=32768", "--n_layer=2", "--dataset=words"]  # GPT-2's own, against the fixture's
+FINETUNE = [*SHAPE, "--init_from=hf", "--optimizer=adamw", "--learning_rate=1e-3"]
 
 
 @pytest.fixture
@@ -414,7 +415,7 @@ def test_a_stopped_finetuning_goes_on_bit_for_bit_without_the_files(words, extra
     words.train(*run, "--out_dir=whole")
     words.train(*run, "--out_dir=parts", "--max_iters=10", "--lr_decay_iters=20")
     shutil.rmtree("hf")
-    words.train("--init_from=resume", "--out_dir=parts", "--max_iters=20", "--n_layer=2", "--dataset=words", *extra,
+    words.train("--init_from=resume", "--out_dir=parts", "--max_iters=20", *SHAPE, *extra,
                 *([] if any("muon" in word for word in extra) else ["--optimizer=adamw"]))
     whole, parts = words.checkpoint("whole"), words.checkpoint("parts")
     assert same(whole["model"], parts["model"]) and same(whole["optimizer"], parts["optimizer"])
@@ -515,8 +516,7 @@ def test_the_config_file_finetunes_what_the_hub_has(hub, words, monkeypatch):
     assert words.checkpoint()["config"]["init_from"] == "gpt2" and words.checkpoint()["config"]["n_layer"] == 2
     hub.shutdown()
     shutil.rmtree("data/hub")
-    words.train("--n_layer=2", "--dataset=words", "--init_from=resume", "--optimizer=adamw", "--max_iters=3",
-                "--batch_size=1")
+    words.train(*SHAPE, "--init_from=resume", "--optimizer=adamw", "--max_iters=3", "--batch_size=1")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ TRAIN = [
     ("--max_iters=-1", ["max_iters=-1", "at least 1"]),
     ("--max_iters=1e300", ["max_iters=", "whole number"]),
     ("--max_iters=many", ["max_iters=many", "whole number"]),
-    ("--learning_rate=nan", ["learning_rate=nan", "--learning_rate=0.01"]),
+    ("--learning_rate=nan", ["learning_rate=nan", "--learning_rate=0.005"]),
     ("--learning_rate=-1", ["learning_rate=-1", "at least 0"]),
     ("--dropout=1.5", ["dropout=1.5", "below 1"]),
     ("--grad_clip=-1", ["grad_clip=-1", "at least 0"]),
