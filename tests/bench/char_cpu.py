@@ -232,6 +232,38 @@ def shown(theirs, ours, target):
     return rows
 
 
+def picture(theirs, ours, target, known, path):
+    """Draw the two sides' curves, the median turn's by its end, over seconds since launch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+
+    def draw(curves, **style):
+        curve = sorted((c for c in curves if c), key=lambda curve: curve[-1]["seconds"])[len(curves) // 2]
+        axes.plot([p["seconds"] for p in curve], [p["val_loss"] for p in curve], **style)
+        last = curve[-1]
+        axes.annotate(f"{last['val_loss']:.2f}", (last["seconds"], last["val_loss"]), (0, 7), ha="center",
+                      textcoords="offset points", color=style["color"])
+
+    million = [f"{side['parameters'] / 1e6:.1f} million parameters" for side in (theirs, ours)]
+    draw(theirs["curves"], color="#D55E00", linestyle="--", marker="o", markersize=4, markevery=5,
+         label=f"nanoGPT, the CPU command of its README, {million[0]}")
+    draw(ours["curves"], color="#0072B2", marker="s", markersize=5, label=f"train.py {ours['config']}, {million[1]}")
+    draw(ours["sprints"], color="#009E73", marker="^", markersize=8, linestyle="none",
+         label=f"train.py {ours['sprint']}, {ours['sprint_parameters'] / 1e6:.1f} million")
+    axes.axhline(target, color="grey", linewidth=0.8, linestyle=":")
+    axes.annotate(f"{target:g}", (0, target), (-4, 0), textcoords="offset points", ha="right", va="center",
+                  color="grey", annotation_clip=False)
+    axes.set(xlabel=f"seconds since launch, on {known['cores']} CPU cores", xlim=(0, None),
+             ylabel="validation loss, nats a character")
+    axes.set_ylim(top=min(2.6, axes.get_ylim()[1]))
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
 def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,6 +279,7 @@ def main(argv=None):
                         help="steps between two copies of nanoGPT's weights (default: %(default)s)")
     parser.add_argument("--their_flags", default="", help="more words for nanoGPT's command, for a short trial")
     parser.add_argument("--our_flags", default="", help="more words for train.py's commands, likewise")
+    parser.add_argument("--picture", help="a PNG file to draw the curves into; needs matplotlib")
     parser.add_argument("--json", default="bench-char-cpu.json", help="file to write (default: %(default)s)")
     args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
@@ -262,6 +295,9 @@ def main(argv=None):
         theirs, ours, same = measured(bench, args, config, sprint)
     print(fact_line(known))
     print(table(shown(theirs, ours, args.target)))
+    ours |= dict(config=args.config, sprint=args.sprint or args.config)
+    if args.picture:
+        picture(theirs, ours, args.target, known, args.picture)
     if not same:
         print("note: nanoGPT's timed runs printed other losses than the run whose weights were evaluated")
     for side in (theirs, ours):
