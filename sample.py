@@ -309,7 +309,7 @@ def worth_threads(model, rows):
     Below, a matrix product is done about when a second thread has woken up, and where other programs keep the cores
     busy, waiting for that thread takes several times as long as the product.
     """
-    return rows * sum(p.numel() for p in model.parameters()) > 16e6
+    return rows * model.flops_per_token() > 6 * 16e6
 
 
 # ----------------------------------------------------------------------------------------------------------------------

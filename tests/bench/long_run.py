@@ -23,8 +23,8 @@ from conftest import Project  # noqa: E402
 
 import train  # noqa: E402
 
-RUN = ("--dataset=tiny --device=cpu --dtype=float32 --compile=False --n_layer=1 --n_head=1 --n_embd=16 --block_size=8 "
-       "--batch_size=1 --eval_iters=1 --log_interval=100 --checkpoint_minutes=0.05").split()
+RUN = ("--dataset=tiny --device=cpu --dtype=float32 --compile=False --ngram=1 --n_layer=1 --n_head=1 --n_embd=16 "
+       "--block_size=8 --batch_size=1 --eval_iters=1 --log_interval=100 --checkpoint_minutes=0.05").split()
 
 
 def resources():

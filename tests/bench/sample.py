@@ -35,7 +35,7 @@ def ours(size, device, dtype, threads):
     """A function of (batch, prompt length, tokens) that generates with a GPT of train.py and returns the seconds."""
     n_layer, n_head, n_embd, block_size, vocab_size = SIZES[size]
     model = train.GPT(train.GPTConfig(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head,
-                                      n_embd=n_embd, zero_init=False)).eval()
+                                      n_embd=n_embd, zero_init=False, ngram=1)).eval()
     model.compute_dtype = dtype
     model.to(device, dtype)
 

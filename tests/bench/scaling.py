@@ -23,8 +23,8 @@ from pathlib import Path
 from common import ROOT, facts
 
 sys.path.insert(0, str(ROOT))
-SHAPE = ["--n_layer=4", "--n_head=4", "--n_embd=128", "--block_size=128", "--batch_size=24", "--vocab_size=65",
-         "--device=cpu", "--dtype=float32", "--compile=False"]
+SHAPE = ["--ngram=1", "--n_layer=4", "--n_head=4", "--n_embd=128", "--block_size=128", "--batch_size=24",
+         "--vocab_size=65", "--device=cpu", "--dtype=float32", "--compile=False"]
 
 
 def worker(argv, steps, rounds):

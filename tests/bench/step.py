@@ -62,8 +62,8 @@ def ours(shape, batch, device, dtype, compiled, argv):
 
     import train
 
-    tied = dict(tied_head=True) if shape[-1] > 10_000 else {}  # a head of its own would be a quarter of the weights
-    s = train.override(train.Settings(batch_size=batch, **dict(zip(NAMES, shape, strict=True)), **tied), argv)
+    same = dict(ngram=1, tied_head=shape[-1] > 10_000)  # of the same size: a head of its own would be a quarter more
+    s = train.override(train.Settings(batch_size=batch, **dict(zip(NAMES, shape, strict=True)), **same), argv)
     model = train.GPT(s)
     model.compute_dtype = dtype
     model.to(device)
