@@ -2,14 +2,15 @@
 
     python prepare.py                                       # once: fetch tiny Shakespeare, write data/char/
     python train.py                                         # the defaults below, on whatever hardware there is
-    python train.py config/train_char_cpu.py                # two CPU cores, two minutes
+    python train.py config/train_char_sprint.py             # two CPU cores, seconds
+    python train.py config/train_char_cpu.py                # two CPU cores, 100 seconds
     python train.py config/train_char.py --device=cuda      # 10.8M parameters, one GPU
     torchrun --nproc_per_node=4 train.py                    # four processes: the same curve, sooner
     python train.py --init_from=resume                      # go on exactly where the last run stopped
     python train.py config/finetune_gpt2.py                 # GPT-2, fetched once, on your gpt2-tokenized text
     python train.py --help                                  # every setting, its default and its reason
 
-Every run writes out/ckpt.pt (latest), out/best.pt (best validation loss) and out/log.jsonl.
+Every run writes out/ckpt.pt (latest), out/best.pt (best validation loss), out/log.jsonl and, with matplotlib, out/loss.png.
 Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabulary.
 """
 import time
