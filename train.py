@@ -10,7 +10,8 @@
     python train.py config/finetune_gpt2.py                 # GPT-2, fetched once, on your gpt2-tokenized text
     python train.py --help                                  # every setting, its default and its reason
 
-Every run writes out/ckpt.pt (latest), out/best.pt (best validation loss), out/log.jsonl and, with matplotlib, out/loss.png.
+Every run writes out/ckpt.pt (latest), out/best.pt (best validation loss), out/log.jsonl and, where matplotlib is
+installed, out/loss.png.
 Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabulary.
 """
 import time

@@ -174,8 +174,8 @@ def test_the_best_loss_and_the_target_are_read_from_a_log(char_loss):
 
 def test_a_config_is_run_over_seeds(char_loss, project):
     found = project.path / "figures.json"
-    assert char_loss.main(["--config=config/ladder/1_bigram.py", f"--data={project.path / 'data' / 'tiny'}", "--seeds=1",
-                           "--target=9", f"--json={found}", *project.tiny, "--max_iters=10"]) == 0
+    assert char_loss.main(["--config=config/ladder/1_bigram.py", f"--data={project.path / 'data' / 'tiny'}",
+                           "--seeds=1", "--target=9", f"--json={found}", *project.tiny, "--max_iters=10"]) == 0
     figures = json.loads(found.read_text(encoding="utf-8"))
     assert figures["rows"][0]["step_to_target"] == 10 and figures["best"]["mean"] == figures["rows"][0]["best"]
 
