@@ -835,7 +835,7 @@ def fit_gpt2(s, checkpoint):
     if train.read_meta(s)[1]["tokenizer"] != checkpoint["tokenizer"]:
         raise UserError(f"dataset={s.dataset} has another tokenizer than the model to start from: `python prepare.py "
                         "--tokenizer=gpt2` makes data/gpt2 for GPT-2")
-    free = ("dropout", "recompute", "vocab_multiple")
+    free = ("dropout", "ngram_dropout", "recompute", "vocab_multiple")
     for key in (f.name for f in fields(train.GPTConfig) if f.name not in free):
         if getattr(s, key) != before[key] and not (key == "block_size" and s.block_size < before[key]):
             raise UserError(f"{key}={getattr(s, key)} does not fit init_from={s.init_from}, which has {before[key]}: "

@@ -91,6 +91,8 @@ class GPTConfig:
     ngram: int = setting(5, "tokens an embedding sees: above 1, those of the 2, 3, ... tokens that end at its place "
                             "are added to the token's own", least=1, below=9)
     ngram_rows: int = setting(32768, "rows of each of these tables; n-grams share them by a hash", least=1, below=2**31)
+    ngram_dropout: float = setting(0.0, "share of the n-grams' embeddings dropped in training: they are soon learnt by "
+                                        "heart, 0.5 helps beyond one epoch", least=0, below=1)
     dropout: float = setting(0.0, "share of the residual branches' outputs dropped in training", least=0, below=1)
     bias: bool = setting(False, "biases in the linear layers and LayerNorms")
     position: str = setting("rope", "how a token knows its place", ("rope", "learned", "none"))
@@ -446,6 +448,7 @@ class NGrams(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n, self.rows, self.vocab_size = config.ngram, config.ngram_rows, config.vocab_size
+        self.dropout = config.ngram_dropout
         width = max(1, config.n_embd // 4)
         self.tables = nn.ModuleList(nn.Embedding(self.rows, width) for _ in range(self.n - 1))
         self.mix = Linear(width * (self.n - 1), config.n_embd, bias=False)
@@ -462,7 +465,7 @@ class NGrams(nn.Module):
 
     def forward(self, idx, cache):
         found = [table(ids) for table, ids in zip(self.tables, self.ids(idx, cache), strict=True)]
-        return self.mix(torch.cat(found, -1))
+        return self.mix(F.dropout(torch.cat(found, -1), self.dropout, self.training))
 
 
 class GPT(nn.Module):
@@ -1421,7 +1424,7 @@ def check_continued(s, checkpoint):
     if read_meta(s)[1]["tokenizer"] != checkpoint["tokenizer"]:
         raise UserError(f"dataset={s.dataset} has another tokenizer than the checkpoint: resume with the data it was "
                         "trained on, or train anew with another --out_dir")
-    free = ("dropout", "recompute")
+    free = ("dropout", "ngram_dropout", "recompute")
     for key in [f.name for f in fields(GPTConfig) if f.name not in free] + ["optimizer", "train_last"]:
         if getattr(s, key) != (before := checkpoint["config"].get(key, getattr(Settings, key))):
             raise UserError(f"{key}={getattr(s, key)} cannot be changed on resume: the checkpoint has {before}. "

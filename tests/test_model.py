@@ -177,6 +177,17 @@ def test_ngram_tables_see_the_last_tokens_and_no_more():
         assert ((model(changed)[0][0, -1] - logits).abs().max() > 1e-3) == matters, t
 
 
+def test_ngram_dropout_is_for_training_and_for_ngrams_alone():
+    idx = tokens()
+    model = gpt(ngram=3, ngram_dropout=0.5)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+    with torch.no_grad():
+        model.ngrams.mix.weight.zero_()
+    assert torch.equal(model(idx)[0], model(idx)[0]), "nothing else is dropped"
+
+
 def test_ngram_hash_stays_inside_its_tables_and_spreads():
     model = gpt(ngram=4, ngram_rows=4096)
     idx = torch.randint(SHAPE["vocab_size"], (64, 256))

@@ -90,7 +90,8 @@ def newcomer(project, tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/shakespeare.txt"
-    monkeypatch.setitem(prepare.CORPORA, "shakespeare", prepare.Corpus("", url))
+    for name in ("shakespeare", "atticus"):
+        monkeypatch.setitem(prepare.CORPORA, name, prepare.Corpus("", url))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
     import tiktoken
