@@ -500,7 +500,7 @@ class GPT(nn.Module):
                 std = 0.02
                 if name.endswith("proj"):  # GPT-2: keeps the residual stream's variance from growing with depth
                     std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
-                elif name == "head" and self.config.zero_init :
+                elif name == "head" and self.config.zero_init:
                     std = 0.0
                 elif name == "ngrams.mix":
                     std = 0.1
