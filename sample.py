@@ -1122,7 +1122,7 @@ def every_step(s):
     path, start = s.ckpt or str(Path(s.out_dir) / "ckpt.pt"), read_start(s.start)
     s = replace(s, ckpt=path, max_new_tokens=min(s.max_new_tokens, LINE))
     seen = printed = None
-    if not os.path.exists(path):
+    if not any(os.path.exists(p) for p in (path, Path(path).parent / "ckpt-previous.pt", path)):  # as it is replaced
         complain(f"there is no {path} yet: waiting until train.py has written it; Ctrl-C ends this")
     while True:
         file = identity(path)

@@ -850,6 +850,7 @@ class World:
     def leave(self):
         """Part from the other processes, when all went well."""
         if self.store:
+            dist.barrier()  # rank 0 may have a picture to finish; whoever left before would look lost to it
             self.ended.set()
             self.watcher.join()
             dist.destroy_process_group()

@@ -297,7 +297,8 @@ def test_every_checkpoint_is_one_line_and_the_run_s_end_ends_it(command, tmp_pat
     path, seen, real = tmp_path / "out" / "ckpt.pt", threading.Event(), sample.show
     monkeypatch.setattr(sample, "POLL", 0.01)
     monkeypatch.setattr(sample, "show", lambda text: (real(text), seen.set()))
-    config = dict(train.asdict(train.Settings(vocab_size=len(CHARS), block_size=8, n_layer=2, n_head=2, n_embd=16)))
+    config = dict(train.asdict(train.Settings(vocab_size=len(CHARS), block_size=8, n_layer=2, n_head=2, n_embd=16,
+                                              ngram=1)))
 
     def run():
         for step in range(1, 6):
