@@ -23,7 +23,8 @@ import sample  # noqa: E402
 import train  # noqa: E402
 
 README = ROOT / "README.md"
-TEXT = "ROMEO: Once more I come.\nJULIET: What, art thou come again? Good night, good night!\n" * 40
+TEXT = ("ROMEO: Once more I come. To be, or not to be? Scr. Romae.\n"
+        "JULIET: What, art thou come again? Good night, good night!\n") * 40
 TINY = ("--n_layer=1 --n_head=2 --n_embd=16 --block_size=8 --batch_size=2 --gradient_accumulation_steps=1 "
         "--max_iters=2 --eval_iters=1 --compile=False").split()
 
