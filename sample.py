@@ -783,9 +783,10 @@ def read_gpt2(name):
         theirs["block_size"] = theirs["n_positions"]
         sizes = {spec.name: train.convert(spec, theirs[spec.name], where) for spec in fields(train.GPTConfig)
                  if spec.name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
-        config = train.Settings(**sizes, activation="gelu" if theirs["activation_function"] == "gelu" else "gelu_tanh",
-                          tied_head=theirs["tie_word_embeddings"], position="learned", norm="layernorm",
-                          norm_weight=True, bias=True, qk_norm=False, zero_init=False, ngram=1)
+        config = train.Settings(
+            **sizes, activation="gelu" if theirs["activation_function"] == "gelu" else "gelu_tanh",
+            tied_head=theirs["tie_word_embeddings"], position="learned", norm="layernorm", norm_weight=True, bias=True,
+            qk_norm=False, zero_init=False, ngram=1)
         train.check(config)
         model = gpt2_weights(read_tensors(path), config, path)
     except UserError:
@@ -1122,19 +1123,14 @@ def every_step(s):
     path, start = s.ckpt or str(Path(s.out_dir) / "ckpt.pt"), read_start(s.start)
     s = replace(s, ckpt=path, max_new_tokens=min(s.max_new_tokens, LINE))
     seen = printed = None
-    if not any(os.path.exists(p) for p in (path, Path(path).parent / "ckpt-previous.pt", path)):  # as it is replaced
+    if not os.path.exists(path) and not os.path.exists(Path(path).parent / "ckpt-previous.pt"):  # else it is replaced
         complain(f"there is no {path} yet: waiting until train.py has written it; Ctrl-C ends this")
     while True:
         file = identity(path)
         if file in (None, seen):
             time.sleep(POLL)
             continue
-        try:
-            checkpoint = train.load_checkpoint(path)
-        except UserError:
-            if identity(path) == file:
-                raise  # it is damaged; otherwise it was replaced while it was read
-            continue
+        checkpoint = read_checkpoint(path)
         seen, step, last = file, checkpoint["step"], checkpoint["config"].get("max_iters")
         if printed != (printed := (step, checkpoint.get("elapsed"))):  # equal: it was replaced after identity()
             show(line_of(s, start, checkpoint))

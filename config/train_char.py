@@ -6,6 +6,5 @@ n_layer = 6
 n_head = 6
 n_embd = 384
 dropout = 0.2  # a million characters are few for this size: without it the model learns them by heart
-learning_rate = 1e-2
 max_iters = 2000
 eval_interval = 250

@@ -1,6 +1,7 @@
 """Character-level Shakespeare on two CPU cores: about 100 seconds from launch to a validation loss of 1.51.
 
-What brings how much is in the README's table of ablations.
+Gains, by `tests/bench/ablations.py` at half the steps: n-gram embeddings 0.161 (the default ngram=5 against 1), Muon
+0.248 (against AdamW alone), squared ReLU 0.007. Other defaults were within a seed's noise.
 """
 batch_size = 8
 block_size = 128
@@ -10,4 +11,4 @@ n_embd = 128
 max_iters = 900
 eval_interval = 450
 log_interval = 50
-compile = False  # would take 40 s of the two minutes
+compile = False  # would take 40 of the 100 seconds

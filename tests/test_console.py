@@ -139,6 +139,13 @@ def offline_records(path):
     return records
 
 
+def test_a_new_run_begins_a_curve_of_its_own(project):
+    project.train("--tensorboard", "--max_iters=20")
+    project.train("--tensorboard", "--max_iters=10")
+    assert set(scalars("out/tensorboard")["loss"]) == {5, 10}
+    assert set(scalars("out/previous/tensorboard")["loss"]) == {5, 10, 15, 20}
+
+
 @pytest.mark.slow
 def test_wandb_has_the_numbers_of_the_log_and_goes_on_with_the_run(project):
     pytest.importorskip("wandb")
