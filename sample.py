@@ -683,7 +683,8 @@ def probability_figure(p, ids, tokenizer):
     given.set(ylabel="probability", ylim=(0, 1), title="How probable each token of the prompt was after those before")
     values, likeliest = p[-1].topk(min(LIKELIEST, p.shape[1]))
     bars = following.barh(range(len(values)), values.tolist(), color=COLOURS[0])
-    following.bar_label(bars, [f"{value:.1%}" for value in values.tolist()], padding=3, fontsize=9)
+    shares = ["< 0.1%" if value < 0.0005 else f"{value:.1%}" for value in values.tolist()]
+    following.bar_label(bars, shares, padding=3, fontsize=9)
     following.set_yticks(range(len(values)), names(tokenizer, likeliest.tolist()), parse_math=False)
     following.invert_yaxis()
     following.set(xlabel="probability", title=f"What may come next: the {len(values)} likeliest tokens")

@@ -24,10 +24,6 @@ CHARS = "\n abcdefghijklmnopqrstuvwxyzé€😀"
 TIMINGS = {"elapsed", "tokens_per_second"}  # the keys of a log line that no two runs share
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than ten seconds; leave out with -m 'not slow'")
-
-
 def random_model(seed=0, **config):
     """A tiny GPT whose every parameter is drawn wide enough that its choices differ from one context to the next."""
     import torch
