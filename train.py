@@ -12,7 +12,8 @@
 
 Every run writes out/ckpt.pt (latest), out/best.pt (best validation loss), out/log.jsonl and, where matplotlib is
 installed, out/loss.png.
-Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabulary.
+Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabulary. Everywhere `s` is the Settings of
+the run, `out` the Path of its folder, `split` a Split of the data.
 """
 import time
 
@@ -30,6 +31,7 @@ import os
 import pickletools
 import re
 import signal
+import struct
 import sys
 import textwrap
 import threading
@@ -82,17 +84,14 @@ SIZES = {  # n_layer, n_head, n_embd, as in minGPT's table
 class GPTConfig:
     """What a GPT is made of: all that the model reads. GPT-2 itself is config/gpt2.py."""
     vocab_size: int = setting(0, "tokens in the vocabulary; 0 takes the data's", least=0, below=2**33)
-    vocab_multiple: int = setting(1, "pad the embedding's rows to a multiple of this; 64 is faster on GPUs", least=1,
-                                  below=10**6)
+    vocab_multiple: int = setting(1, "pad the vocabulary to a multiple of this; GPUs like 64", least=1, below=10**6)
     block_size: int = setting(64, "T, the longest context in tokens", least=1)
     n_layer: int = setting(4, "blocks; 0 makes a bigram model", least=0, below=10**4)
     n_head: int = setting(4, "attention heads in a block; must divide n_embd", least=1)
     n_embd: int = setting(128, "C, channels of the residual stream", least=1, below=10**6)
-    ngram: int = setting(5, "the longest n-gram with an embedding: those of the last 2, 3, ... tokens are added to the "
-                            "token's own; 1 is off", least=1, below=9)
+    ngram: int = setting(5, "the longest n-gram whose embedding is added to the token's; 1 is off", least=1, below=9)
     ngram_rows: int = setting(32768, "rows of the table for each n; n-grams share them by a hash", least=1, below=2**31)
-    ngram_dropout: float = setting(0.0, "share of the n-grams' embeddings dropped in training: they are soon learnt by "
-                                        "heart, 0.5 helps beyond one epoch", least=0, below=1)
+    ngram_dropout: float = setting(0.0, "of the n-grams' embeddings; 0.5 helps beyond one epoch", least=0, below=1)
     dropout: float = setting(0.0, "share of the residual branches' outputs dropped in training", least=0, below=1)
     bias: bool = setting(False, "biases in the linear layers and LayerNorms")
     position: str = setting("rope", "how a token knows its place", ("rope", "learned", "none"))
@@ -116,15 +115,13 @@ class Settings(GPTConfig):
     out_dir: str = setting("out", "folder of checkpoints and log")
     init_from: str = setting("scratch", "start anew; resume: go on from out_dir/ckpt.pt; gpt2, gpt2-medium, "
                                         "gpt2-large, gpt2-xl, distilgpt2 or a path to such files: finetune GPT-2")
-    train_last: int = setting(0, "train only this many of the last blocks, the last normalization and an untied head; "
-                                 "0 is everything", least=0)
+    train_last: int = setting(0, "train only this many last blocks and what follows them; 0 is everything", least=0)
     # batch
     batch_size: int = setting(12, "sequences in one forward and backward pass of one process", least=1, below=10**6)
     gradient_accumulation_steps: int = setting(1, "times batch_size is the global batch of all processes", least=1,
                                                below=10**6)
     # optimizer
-    optimizer: str = setting("muon", "Muon for the blocks' matrices and AdamW for the rest, or all AdamW",
-                             ("muon", "adamw"))
+    optimizer: str = setting("muon", "Muon for the blocks' matrices, else AdamW; or AdamW alone", ("muon", "adamw"))
     learning_rate: float = setting(5e-3, "peak, for every parameter: Muon's update is scaled to AdamW's size", least=0)
     max_iters: int = setting(2000, "optimizer updates in all", least=1)
     weight_decay: float = setting(0.1, "decoupled, on matrices and embeddings", least=0)
@@ -151,8 +148,7 @@ class Settings(GPTConfig):
     device: str = setting("auto", "auto takes cuda, else mps, else cpu; or cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the matrix products; auto is bfloat16 where the hardware multiplies it natively",
                          ("auto", "float32", "bfloat16", "float16"))
-    parallel: str = setting("ddp", "each process holds the whole model, or, fully sharded, its part of every tensor",
-                            ("ddp", "fsdp"))
+    parallel: str = setting("ddp", "a process holds the whole model, or its part of every tensor", ("ddp", "fsdp"))
     compile: str = setting("auto", "torch.compile; auto where it pays back within the run", ("auto", "True", "False"))
     deterministic: bool = setting(False, "bitwise equal runs on GPUs too, at some cost in speed; CPU runs always are")
     seed: int = setting(1337, "of the weights, the batches and the dropout", least=0)
@@ -211,12 +207,11 @@ def read_config(path):
 
 def convert(spec, value, where):
     """`value`, a literal of a config file or a word of the command line, as the type of the setting `spec`."""
+    allowed, example = spec.metadata, f"for example --{spec.name}={spec.default}"
     try:
         if spec.type is bool:
             return WORDS[str(value).lower()]
-        if spec.type is str:
-            value = str(value)
-        else:
+        if spec.type is not str:
             number = float(value)  # so that 5e3 is a whole number too
             if isinstance(value, bool) or not math.isfinite(number) or (
                     spec.type is int and (number % 1 or abs(number) > 2**53)):  # above it a float skips numbers
@@ -224,18 +219,18 @@ def convert(spec, value, where):
             value = spec.type(number)
     except (KeyError, ValueError, OverflowError, TypeError):
         kind = {int: "a whole number below 2**53", float: "a number", bool: "True or False"}[spec.type]
-        example = f"for example --{spec.name}={spec.default}"
         raise UserError(f"{where}: {spec.name}={str(value)[:40]} is not {kind}: {example}") from None
-    allowed = spec.metadata
-    if spec.type is not str and not allowed["least"] <= value < allowed["below"]:
+    if spec.type is not str:
+        if allowed["least"] <= value < allowed["below"]:
+            return value
         bounds = f"at least {allowed['least']}" + f" and below {allowed['below']}" * (allowed["below"] < math.inf)
-        raise UserError(f"{where}: {spec.name}={value} must be {bounds}: for example --{spec.name}={spec.default}")
-    choices = {choice.lower(): choice for choice in allowed["choices"]}
-    if "true" in choices and value.lower() in WORDS:  # auto, True or False: as a person writes them
-        value = str(WORDS[value.lower()])
-    if choices and value.lower() not in choices:
+        raise UserError(f"{where}: {spec.name}={value} must be {bounds}: {example}")
+    choices, word = {choice.lower(): choice for choice in allowed["choices"]}, str(value).lower()
+    if "true" in choices and word in WORDS:  # auto, True or False: as a person writes them
+        word = str(WORDS[word]).lower()
+    if choices and word not in choices:
         raise UserError(f"{where}: {spec.name}={value} is not one of {', '.join(filter(None, choices.values()))}")
-    return choices[value.lower()] if choices else value
+    return choices[word] if choices else str(value)
 
 
 def flags(argv, specs):
@@ -286,14 +281,8 @@ def describe(cls):
     return "\n".join(lines)
 
 
-def changed(settings):
-    """The settings that differ from their defaults, as one line of key=value words."""
-    return " ".join(f"{s.name}={getattr(settings, s.name)}" for s in fields(settings)
-                    if getattr(settings, s.name) != s.default)
-
-
 def check(s):
-    """Refuse settings that cannot work together, before any work is done. Raises UserError."""
+    """Refuse Settings, or a GPTConfig, that cannot work together, before any work is done. Raises UserError."""
     if s.n_embd % s.n_head:
         near = min((h for h in range(1, s.n_embd + 1) if s.n_embd % h == 0), key=lambda h: abs(h - s.n_head))
         raise UserError(f"n_embd={s.n_embd} is not divisible by n_head={s.n_head}: for example --n_head={near}")
@@ -335,12 +324,10 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if with_bias else None
 
     def forward(self, x):
-        if self.kind == "none":
-            return x
         weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
-        if self.kind == "rmsnorm":
-            return F.rms_norm(x, x.shape[-1:], weight)
-        return F.layer_norm(x, x.shape[-1:], weight, bias)
+        if self.kind == "layernorm":
+            return F.layer_norm(x, x.shape[-1:], weight, bias)
+        return F.rms_norm(x, x.shape[-1:], weight) if self.kind == "rmsnorm" else x
 
 
 def rotary(positions, head_size):
@@ -381,22 +368,8 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
 
 
-class SquaredReLU(torch.autograd.Function):
-    """relu(x)**2 (So et al. 2021, arXiv 2109.08668), with a backward pass of two kernels where autograd takes five."""
-
-    @staticmethod
-    def forward(ctx, x):
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0] * 2
-
-
 ACTIVATIONS = {
-    "relu2": SquaredReLU.apply,
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv 2109.08668
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's
@@ -598,7 +571,7 @@ class Muon(torch.optim.Optimizer):
                 key = *sorted((p.shape[0] // group["chunks"], p.shape[1])), group["chunks"]
                 alike.setdefault(key, []).append((p, update, group))
         for (_, longer, chunks), entries in alike.items():
-            at_once = dist.get_world_size() if is_sharded(entries[0][0]) else len(entries)  # whole, each takes memory
+            at_once = dist.get_world_size() if is_sharded(entries[0][0]) else len(entries)  # sharded ones are gathered
             for first in range(0, len(entries), at_once):
                 some = entries[first:first + at_once]
                 updates = orthogonalize_together([whole(update) for _, update, _ in some], chunks, self.dtype)
@@ -608,10 +581,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize_together(updates, chunks, dtype):
-    """Orthogonalize `chunks` matrices stacked in each of `updates`, alike up to transposition: a list like it.
-
-    Every process has all the updates, orthogonalizes its share and gathers the others'.
-    """
+    """Orthogonalize `chunks` matrices stacked in each of `updates`, alike or transposed; processes share the work."""
     size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     each = -(-len(updates) // size)
     stacks = [u.view(chunks, -1, u.shape[1]) for u in updates]
@@ -624,7 +594,7 @@ def orthogonalize_together(updates, chunks, dtype):
         dist.all_gather(parts, done.contiguous())
         done = torch.cat(parts)
     return [(d if u.shape[0] // chunks == d.shape[1] else d.mT).reshape(u.shape)
-            for u, d in zip(updates, done.split(chunks), strict=False)]
+            for u, d in zip(updates, done.split(chunks), strict=False)]  # less the zeros of the last share
 
 
 def freeze(model, train_last):
@@ -634,20 +604,19 @@ def freeze(model, train_last):
             part.requires_grad_(False)
 
 
-def make_optimizers(model, s, device):
+def make_optimizers(model, s):
     """The optimizers of a run, as a list; every parameter that learns is in exactly one group of one of them."""
-    learning = [(n, p) for n, p in model.blocks.named_parameters() if p.requires_grad]
-    matrices = {n: p for n, p in learning if p.ndim == 2} if s.optimizer == "muon" else {}
-    taken = {id(p) for p in matrices.values()}
+    matrices = [(n, p) for n, p in model.blocks.named_parameters()
+                if p.requires_grad and p.ndim == 2 and s.optimizer == "muon"]
+    taken = {id(p) for _, p in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=s.weight_decay),
               dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)]
     groups = [g for g in groups if g["params"]]
-    optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2),
-                                    fused=device.type in ("cuda", "cpu", "mps"))] if groups else []
+    optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)] if groups else []
     if matrices:
-        groups = [dict(params=[p for n, p in matrices.items() if n.endswith("qkv.weight")], chunks=3),
-                  dict(params=[p for n, p in matrices.items() if not n.endswith("qkv.weight")], chunks=1)]
+        groups = [dict(params=[p for n, p in matrices if n.endswith("qkv.weight") == (chunks == 3)], chunks=chunks)
+                  for chunks in (3, 1)]
         optimizers.append(Muon(groups, lr=s.learning_rate, momentum=s.momentum, weight_decay=s.weight_decay,
                                dtype=torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32))
     return optimizers
@@ -666,19 +635,16 @@ def read_meta(s):
         dict(meta["tokenizer"]), str(meta["corpus"])
         sizes = [meta["vocab_size"], *(meta[key][split] for key in ("tokens", "bytes") for split in ("train", "val"))]
         bits = dict(uint8=8, uint16=16, uint32=32)[meta["dtype"]]
-        if meta["format"] != 1 or not all(type(size) is int and 0 < size <= 2**53 for size in sizes):
-            raise ValueError
-        if meta["vocab_size"] > 2**bits:
-            raise ValueError
+        good = (meta["format"] == 1 and all(type(size) is int and 0 < size <= 2**53 for size in sizes)
+                and meta["vocab_size"] <= 2**bits)
         for split in ("train", "val") if "files" in meta else ():
             rows = [(shard["name"], shard["tokens"], shard["offset"]) for shard in meta["files"][split]]
             names, counts, offsets = zip(*rows, strict=True)
-            if not all(type(n) is int and 0 <= n <= 2**53 for n in counts + offsets) or min(counts) == 0:
-                raise ValueError
-            if sum(counts) != meta["tokens"][split]:
-                raise ValueError
-            if not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):  # a path could lead out of the folder
-                raise ValueError
+            good = (good and all(type(n) is int and 0 <= n <= 2**53 for n in counts + offsets)
+                    and min(counts) > 0 and sum(counts) == meta["tokens"][split]
+                    and all(re.fullmatch(r"\w[\w.-]*", name) for name in names))  # a path could lead out of the folder
+        if not good:
+            raise ValueError
         for key in {"corpus", "note"} & meta.keys():  # shown to people: without what would command their terminal
             meta[key] = "".join(filter(str.isprintable, str(meta[key])))
     except FileNotFoundError:
@@ -717,6 +683,7 @@ class Split:
     def read(self, starts, length):
         """Token ids (len(starts), length), int64; positions past the end repeat the last token.
 
+        For each shard that a row reaches into, what lies in it is read, and what the other shards gave is kept.
         Raises RunFailed for an id beyond the vocabulary, which only a damaged file has.
         """
         index = np.minimum(starts[:, None] + np.arange(length), self.count - 1)
@@ -726,11 +693,11 @@ class Split:
             path, file, offset, size = self.shards[i]
             if os.fstat(file.fileno()).st_size != size:
                 raise RunFailed(f"{path} has another size than when this run began: prepare it anew, then resume")
-            shard = np.memmap(file, self.dtype, "r", offset)  # mapped anew, or all pages ever read would stay resident
+            ids = np.memmap(file, self.dtype, "r", offset)  # mapped anew, or all pages ever read would stay resident
             rows = (first <= i) & (i <= last)
-            places = index[rows] - (self.ends[i] - len(shard))
-            inside = places.clip(0, len(shard) - 1)  # what lies in the shards before and after is not taken from here
-            found = shard[inside]
+            places = index[rows] - (self.ends[i] - len(ids))
+            inside = places.clip(0, len(ids) - 1)  # what lies in the shards before and after is not taken from here
+            found = ids[inside]
             if found.max() >= self.vocab_size:
                 where = inside.flat[found.argmax()]
                 raise RunFailed(f"{path} is damaged: token {where:,} (byte {offset + where * self.dtype.itemsize:,}) "
@@ -739,7 +706,7 @@ class Split:
         return torch.from_numpy(tokens)
 
 
-def mix(x):
+def splitmix(x):
     """Bits of x (uint64 array) well mixed: the output function of splitmix64 (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -754,12 +721,12 @@ def permute(i, n, key):
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
-    keys = mix(np.arange(1, 7, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + mix(np.array([key], dtype=np.uint64)))
+    keys = splitmix(np.arange(1, 7, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + splitmix(np.uint64([key])))
 
     def scramble(x):
         left, right = x >> half, x & low
         for k in keys:
-            left, right = right, left ^ (mix(right + k) & low)
+            left, right = right, left ^ (splitmix(right + k) & low)
         return left << half | right
 
     x = scramble(np.asarray(i, dtype=np.uint64))
@@ -774,12 +741,12 @@ def window_starts(seed, first, count, n_tokens, block_size):
     An epoch cuts the split into windows of block_size, from an offset of its own, and takes each once, in an order
     of its own. Over the epochs every token is reached. Pure: the same arguments always give the same windows.
     """
-    windows = max(1, n_tokens // block_size - 1)
+    windows = max(1, n_tokens // block_size - 1)  # one less than there are, which leaves the offset room
     epoch, place = np.divmod(np.arange(first, first + count), windows)
     starts = np.empty(count, dtype=np.int64)
     for e in np.unique(epoch):
-        key = int(mix(np.array([seed], dtype=np.uint64))[0]) ^ int(e)
-        offset = int(mix(np.array([key], dtype=np.uint64))[0]) % (n_tokens - windows * block_size)
+        key = splitmix(np.uint64([seed])).item() ^ int(e)
+        offset = splitmix(np.uint64([key])).item() % (n_tokens - windows * block_size)
         starts[epoch == e] = offset + block_size * permute(place[epoch == e], windows, key)
     return starts
 
@@ -804,6 +771,7 @@ class World:
     size: int = 1
     device: torch.device = torch.device("cpu")
     store: object = None
+    watcher: threading.Thread = None  # of watch()
     ended: threading.Event = field(default_factory=threading.Event)
 
     def share(self, first, count):
@@ -827,9 +795,10 @@ class World:
 
     def fail(self, text):
         """Say on stderr why the run stops: once on each machine, and the reason of the process that failed first."""
-        machine, first = os.environ.get("GROUP_RANK", "0"), f"process {self.rank}: {text}"
+        machine, ours = os.environ.get("GROUP_RANK", "0"), f"process {self.rank}: {text}"
+        first = ours
         try:
-            first = self.store.compare_set("failure", "", first).decode()
+            first = self.store.compare_set("failure", "", ours).decode()
             if self.store.add(f"failure was said on {machine}", 1) > 1:
                 return
         except RuntimeError:
@@ -862,11 +831,8 @@ def join_world(s):
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    name, gpus = s.device, torch.cuda.device_count()
-    if name == "auto" and size_here <= gpus:
-        name = "cuda"
-    elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() and size == 1 else "cpu"
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available() and size == 1
+    name = s.device if s.device != "auto" else "cuda" if size_here <= gpus else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda" and size > 1 or name == "cuda":
@@ -901,7 +867,7 @@ def choose_dtype(s, device):
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     native = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private: absent means no
-    if device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in native):
+    if device.type == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in native):
         return torch.bfloat16
     return torch.float32
 
@@ -916,10 +882,7 @@ def peak_flops(device, dtype):
 
 
 def compile_pays(model, s, world):
-    """Whether to use torch.compile: as the settings say, or where it saves more time in this run than it takes.
-
-    Depends on the settings alone, never on a clock, so that a resumed run decides as the first did.
-    """
+    """Whether to use torch.compile: by the settings and never a clock, so that a resumed run decides as before."""
     if s.compile != "auto":
         return s.compile == "True"
     flops = model.flops_per_token() * s.batch_size * s.gradient_accumulation_steps * s.block_size / world.size
@@ -944,7 +907,7 @@ def compile_model(model, s):
     return fast
 
 
-def shard(model, world):
+def shard_model(model, world):
     """Let each process hold only its part of every tensor (FSDP2); they are gathered block by block where used."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -975,8 +938,8 @@ def laid_out_like(p, x):
 
 
 @contextlib.contextmanager
-def synchronizing(model, world, now):
-    """Synchronize the gradients of a backward pass over the processes now, or leave them to a later one."""
+def synchronizing(model, now):
+    """Synchronize the gradients of a backward pass over the processes now, or leave that to a later one."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP
         model.set_requires_gradient_sync(now)
     with nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync():  # DDP
@@ -1003,10 +966,9 @@ class Progress:
 
 
 def save_checkpoint(path, checkpoint, keep=None):
-    """Write a dict to `path` so that at every moment the old file or the new one is there, whole.
+    """Write a dict so that at every moment the old file or the new is there, whole; the old one is kept as `keep`.
 
-    The old one is kept as `keep` if that is given. Raises OSError or RuntimeError when it cannot be written; the old
-    file is then as it was.
+    Raises OSError or RuntimeError when it cannot be written; the old file is then as it was.
     """
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
@@ -1038,12 +1000,10 @@ def check_zip(path):
         parts, file = archive.infolist(), archive.fp
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 98))
-        end = file.read()
-        # the last 22 bytes say where the list of parts begins; of a large file, so do 56 more, found by the 20 between
-        large = end[-42:-38] == b"PK\6\7"  # more than 4 GiB: then the end is longer and lies where this says
-        begin, there = int.from_bytes(end[-50:-42] if large else end[-6:-2], "little"), end[-34:-26]
-        if (end[-22:-18] != b"PK\5\6" or begin != archive.start_dir or min(e.header_offset for e in parts) != 0
-                or large and int.from_bytes(there, "little") != size - 98):
+        # three records, as torch.save writes them: where the list of parts begins, where that is said, the old end
+        end, begin, locator, there, old_end = struct.unpack("<4s44xQ4s4xQ4x4s18x", file.read())
+        if ((end, locator, old_end, there, begin) != (b"PK\6\6", b"PK\6\7", b"PK\5\6", size - 98, archive.start_dir)
+                or min(e.header_offset for e in parts) != 0):
             raise ValueError("two readings")
         # compressed they could swell, as they could one over the other; what claims to be a folder torch does not read
         if (any(e.compress_type != zipfile.ZIP_STORED or e.external_attr for e in parts)
@@ -1083,18 +1043,17 @@ def load_checkpoint(path):
         # dict.items: an OrderedDict from a file may bring methods of its own
         checkpoint["model"] = weights = dict(dict.items(checkpoint["model"]))
         held = sum(weight.nbytes for weight in weights.values())  # views can claim more than there is
-        whole = (checkpoint["format"] == 1 and type(checkpoint["step"]) is int and held <= 2 * path.stat().st_size
-                 and type(checkpoint["config"]) is type(checkpoint["tokenizer"]) is dict)
+        if (checkpoint["format"] != 1 or type(checkpoint["step"]) is not int or held > 2 * path.stat().st_size
+                or type(checkpoint["config"]) is not dict or type(checkpoint["tokenizer"]) is not dict):
+            raise ValueError("not what a run writes")
+        return checkpoint
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: run `python train.py` first, or name its --out_dir") from None
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except Exception:  # zipfile and torch.load raise many kinds for a damaged or a hostile file
-        whole = False
-    if not whole:
         raise UserError(f"{path} is damaged, or not a checkpoint of this version of train.py (nothing in it was run): "
-                        "name another with --out_dir, or train anew")
-    return checkpoint
+                        "name another with --out_dir, or train anew") from None
 
 
 def model_from_checkpoint(checkpoint, path="checkpoint"):
@@ -1123,13 +1082,12 @@ def this_job():
 
 def belongs_to_this_job(out):
     """Whether the run in folder `out` was begun by this launch of torchrun, which has restarted its processes since."""
-    named = os.environ.get("TORCHELASTIC_RUN_ID") != "none"
-    if not this_job() or not (named or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"):  # numbers come again
-        return False
-    try:
-        return plain(out / ".job").read_text("utf-8") == this_job() and any((out / n).exists() for n in RUN_FILES[:2])
-    except (OSError, ValueError):
-        return False
+    if os.environ.get("TORCHELASTIC_RUN_ID") == "none" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False  # the number of its parent process may be that of an earlier launch's
+    with contextlib.suppress(OSError, ValueError):
+        job = plain(out / ".job").read_text("utf-8")
+        return job == this_job() != "" and any((out / name).exists() for name in RUN_FILES[:2])
+    return False
 
 
 @contextlib.contextmanager
@@ -1266,10 +1224,7 @@ class Log:
         return time.monotonic() - self.launched
 
     def line(self, step, val_loss=None, best=False, **numbers):
-        """Write one line of what is known at a step; `best` marks a val_loss that is the lowest so far.
-
-        The line of step 0, what the weights are worth that a run starts from, has a val_loss alone.
-        """
+        """Write what is known at a step; `best` marks the lowest val_loss so far. Step 0 has a val_loss alone."""
         if self.path is None:
             return
         record = dict(step=step, val_loss=val_loss, **numbers, elapsed=round(self.elapsed(), 3))
@@ -1378,8 +1333,8 @@ class StopSignal:
 def accumulate_gradients(model, scaler, split, s, world, sequences):
     """Forward and backward over this process's share of the global batch, in passes of at most batch_size.
 
-    Returns this process's part of the batch's mean loss, a scalar tensor. The gradients, once
-    DistributedDataParallel has averaged them, are those of the mean over the whole batch, however it was cut.
+    Returns this process's part of the batch's mean loss, a scalar tensor. The gradients, once averaged over the
+    processes, are those of the mean over the whole batch, however it was cut.
     """
     sequences_in_all = s.batch_size * s.gradient_accumulation_steps
     share = world.share(sequences, sequences_in_all)
@@ -1388,9 +1343,9 @@ def accumulate_gradients(model, scaler, split, s, world, sequences):
     for i in range(passes):
         rows = share[i * s.batch_size:(i + 1) * s.batch_size]  # may be none: a sequence of weight 0 keeps pace
         x, y = training_batch(split, s, rows.start, max(1, len(rows)), world.device)
-        with synchronizing(model, world, i == passes - 1):
+        with synchronizing(model, i == passes - 1):
             loss = model(x, y)[1] * (len(rows) / sequences_in_all)
-            scaler.scale(loss * world.size).backward()
+            scaler.scale(loss * world.size).backward()  # DDP and FSDP divide by the number of processes
         total += loss.detach()
     return total
 
@@ -1469,10 +1424,11 @@ def announce(s, world, meta, model):
     counted = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count)
     train_tokens, val_tokens = meta["tokens"]["train"], meta["tokens"]["val"]
     epochs, dtype = s.max_iters * tokens / train_tokens, str(model.compute_dtype).removeprefix("torch.")
+    changed = " ".join(f"{f.name}={getattr(s, f.name)}" for f in fields(s) if getattr(s, f.name) != f.default)
     for line in (
         f"corpus     {meta['corpus']}: {train_tokens:,} training and {val_tokens:,} validation tokens",
         *([f"           {meta['note']}"] if "note" in meta else []),
-        f"settings   {changed(s)}",
+        f"settings   {changed}",
         f"model      {sum(parts.values()):,} parameters: {counted}",
         f"hardware   {world.device}, {dtype}, {world.size} process{'es' * (world.size > 1)}",
         f"work       {s.max_iters:,} steps of {tokens:,} tokens, {epochs:.1f} epochs",
@@ -1486,7 +1442,7 @@ def farewell(s, world, run, stop, stopping):
     folder = "" if s.out_dir == "out" else f" --out_dir={s.out_dir}"
     if stopping:
         world.say(f"stopped at step {progress.step}, all is saved; go on: python train.py --init_from=resume{folder}")
-        return 128 + (stop.number or signal.SIGTERM)
+        return 128 + (stop.number or signal.SIGTERM)  # if another process got the signal
     if not progress.best_step:
         world.say(f"nothing to do: step {progress.step} of {s.max_iters} is done")
         return 0
@@ -1506,7 +1462,7 @@ class Run:
         self.bits_per_byte = meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2)  # of a loss in nats a token
         self.progress = Progress()
         self.lock = None  # the open lock file of the folder that this process writes to
-        self.rotate = checkpoint is None or "only" not in checkpoint  # whether the ckpt.pt that is there is to be kept
+        self.keeps = not (checkpoint or {}).get("fell_back")  # the ckpt.pt that is there, as ckpt-previous.pt
         self.model = GPT(s)
         self.model.compute_dtype = choose_dtype(s, world.device)
         try:
@@ -1514,11 +1470,11 @@ class Run:
                 self.model.load_state_dict(checkpoint.pop("model"))  # popped, so that its memory is free for training
             freeze(self.model, s.train_last)
             if s.parallel == "fsdp" and world.size > 1:
-                shard(self.model, world)
+                shard_model(self.model, world)
             self.model.to(world.device)
-            self.optimizers = make_optimizers(self.model, s, world.device)
+            self.optimizers = make_optimizers(self.model, s)
             self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.model.compute_dtype == torch.float16)
-            if goes_on(checkpoint):
+            if "optimizer" in (checkpoint or {}):  # a run to go on with, and not GPT-2's weights alone
                 self.restore(checkpoint)
         except Exception as error:
             if not checkpoint or is_out_of_memory(error):
@@ -1530,17 +1486,16 @@ class Run:
         """Take the optimizers' state and the progress of a checkpoint."""
         names = {p: name for name, p in self.model.named_parameters()}
         for optimizer in self.optimizers:
-            # the state alone, because learning rate, decay and the like are this run's
-            params, wanted = [p for group in optimizer.param_groups for p in group["params"]], optimizer.state_dict()
-            if not all(v.is_contiguous() for p in params for v in dict.values(checkpoint["optimizer"][names[p]])):
-                raise ValueError("views")  # a fused step would write past the memory of a small one
-            wanted["state"] = {i: {k: laid_out_like(p, v) for k, v in dict.items(checkpoint["optimizer"][names[p]])}
-                               for i, p in enumerate(params)}
-            optimizer.load_state_dict(wanted)
             kinds = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-            if any(state.keys() != kinds or any(v.ndim and v.shape != p.shape for v in state.values())
-                   for p, state in optimizer.state.items()):
-                raise ValueError("optimizer state of another kind")
+            wanted = optimizer.state_dict()  # its groups stay: learning rate, decay and the like are this run's
+            for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                state = dict(dict.items(checkpoint["optimizer"][names[p]]))
+                # a view of something smaller would have a fused step write past its memory
+                fits = all(v.is_contiguous() and v.shape in ((), p.shape) for v in state.values())
+                if state.keys() != kinds or not fits:
+                    raise ValueError("optimizer state of another kind")
+                wanted["state"][i] = {k: laid_out_like(p, v) for k, v in state.items()}
+            optimizer.load_state_dict(wanted)
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.progress = p = Progress(**{f.name: f.type(checkpoint[f.name]) for f in fields(Progress)})
         if not all(0 <= x < 2**53 for x in (p.step, p.sequences, p.loss_count, p.elapsed)):
@@ -1569,26 +1524,24 @@ class Run:
                     config=asdict(self.settings), tokenizer=self.meta["tokenizer"], corpus=self.meta["corpus"],
                     data=text_of(self.meta), **asdict(self.progress))
 
-    def save(self, out, val_loss, world, final):
-        """Write out/ckpt.pt, keeping the one before it, and out/best.pt where val_loss (or None) is the best so far.
+    def save(self, out, val_loss, best, world, final):
+        """Write out/ckpt.pt, keeping the one before it, and out/best.pt where val_loss is the `best` so far.
 
         A failure is a note, because the next save may succeed; of the final save it is a RunFailed.
         """
         progress, best_before = self.progress, (self.progress.best_val_loss, self.progress.best_step)
-        best = val_loss is not None and val_loss < progress.best_val_loss
         if best:
             progress.best_val_loss, progress.best_step = val_loss, progress.step
-        if world.rank and not is_sharded(self.model.wte.weight):
-            return
-        state = self.state()
+        sharded = is_sharded(self.model.wte.weight)  # then all processes take part in gathering it
+        state = self.state() if sharded or world.rank == 0 else None
         if world.rank:
             return
         try:
             if best:
                 save_checkpoint(out / "best.pt", state)
                 best_before = progress.best_val_loss, progress.best_step
-            save_checkpoint(out / "ckpt.pt", state, keep=self.rotate and out / "ckpt-previous.pt")
-            self.rotate = True
+            save_checkpoint(out / "ckpt.pt", state, keep=self.keeps and out / "ckpt-previous.pt")
+            self.keeps = True
         except (OSError, RuntimeError) as error:
             progress.best_val_loss, progress.best_step = best_before
             text = f"step {progress.step} could not be saved in {out} ({' '.join(str(error).split())[:100]})"
@@ -1601,19 +1554,17 @@ def train(s, world, checkpoint=None):
     """Train as the settings say, from a checkpoint's state if one is given. Returns the exit status."""
     folder, meta = read_meta(s)
     splits = {name: Split(folder, name, meta) for name in ("train", "val")}
-    if checkpoint and meta["tokenizer"] != checkpoint["tokenizer"]:
-        raise UserError(f"dataset={s.dataset} was replaced a moment ago, by one of another tokenizer: resume again")
     if checkpoint and checkpoint.get("data", text_of(meta)) != text_of(meta) and world.rank == 0:
         tell(f"note: dataset={s.dataset} is not the text, or not the split of it, that the checkpoint was trained on",
              "stderr")
     s.vocab_size = s.vocab_size or meta["vocab_size"]
     check_data(s, splits, meta)
     writes = world.rank == 0 and not s.eval_only
-    with claim(Path(s.out_dir), anew=not goes_on(checkpoint)) if writes else nullcontext() as lock:
+    with claim(Path(s.out_dir), anew="optimizer" not in (checkpoint or {})) if writes else nullcontext() as lock:
         run = Run(s, meta, world, checkpoint)
         run.lock = lock
         steps = world.total(torch.tensor(run.progress.step, dtype=torch.float64)).item()
-        if steps != run.progress.step * world.size:
+        if steps != run.progress.step * world.size:  # by the sum at least one of them sees it
             raise RunFailed(f"the processes read different checkpoints in out_dir={s.out_dir}: it must be on storage "
                             "that all machines share")
         announce(s, world, meta, run.model)
@@ -1658,24 +1609,24 @@ def fit(run, splits, s, world):
         losses, grad_norms = torch.stack(recent).T.contiguous()
         losses, grad_norms = world.total(losses).tolist(), grad_norms.tolist()
         scaled = run.scaler.is_enabled()  # then steps with an infinite gradient are skipped by design
-        check_finite(s, progress.step - len(recent) + 1, loss=losses, gradient_norm=losses if scaled else grad_norms)
+        check_finite(s, progress.step - len(recent) + 1, loss=losses, **{} if scaled else {"gradient_norm": grad_norms})
         tokens_per_second = len(recent) * run.tokens_per_step / (time.monotonic() - began)
-        for loss in losses:  # one by one: sum() rounds otherwise, and a resumed run's log would show it
-            progress.loss_sum += loss
+        for each in losses:  # one by one: sum() rounds otherwise, and a resumed run's log would show it
+            progress.loss_sum += each
         progress.loss_count += len(recent)
         val_loss = evaluate(compiled, splits["val"], s, world) if evaluating else None
+        best = evaluating and val_loss < progress.best_val_loss
         if evaluating or stopping or saving:
             norm = whole(nn.utils.get_total_norm(model.parameters())).item()
-            check_finite(s, progress.step, validation_loss=[val_loss or 0.0], norm_of_weights=[norm])
+            check_finite(s, progress.step, validation_loss=[val_loss if evaluating else 0.0], norm_of_weights=[norm])
         if logging:
-            log.line(progress.step, val_loss, best=val_loss is not None and val_loss < progress.best_val_loss,
-                     bits_per_byte=val_loss and val_loss * run.bits_per_byte,
+            log.line(progress.step, val_loss, best, bits_per_byte=val_loss and val_loss * run.bits_per_byte,
                      loss=progress.loss_sum / progress.loss_count, lr=lr, grad_norm=grad_norms[-1],
                      tokens=progress.sequences * s.block_size, tokens_per_second=round(tokens_per_second))
             progress.loss_sum, progress.loss_count = 0.0, 0
         if evaluating or stopping or saving:
             progress.elapsed = log.elapsed()
-            run.save(out, val_loss, world, final=stopping or progress.step == s.max_iters)
+            run.save(out, val_loss, best, world, final=stopping or progress.step == s.max_iters)
             draw_losses(out, world)
             saved = time.monotonic()
         recent.clear()
@@ -1702,19 +1653,10 @@ def configure(argv):
     return s, checkpoint
 
 
-def goes_on(checkpoint):
-    """Whether a checkpoint, or None, is of a run to go on with, and not GPT-2's weights alone."""
-    return checkpoint is not None and "optimizer" in checkpoint
-
-
 def resume(s, argv):
-    """The newest checkpoint in out_dir that is whole and fits the data and the command line, and its settings.
-
-    Raises UserError where there is none.
-    """
+    """The settings and the newest checkpoint in out_dir that is whole and fits the data and the command line."""
     refused = None
-    for name in RUN_FILES[:2]:
-        path = Path(s.out_dir) / name
+    for path in (Path(s.out_dir) / name for name in RUN_FILES[:2]):
         try:
             checkpoint = load_checkpoint(path)
             model_from_checkpoint(checkpoint, path)
@@ -1729,8 +1671,8 @@ def resume(s, argv):
             refused = error if os.path.exists(path) or refused is None else refused
             continue
         if refused:
-            tell(f"note: {refused}; going on from {name}, step {checkpoint['step']}", "stderr")
-            checkpoint["only"] = True
+            tell(f"note: {refused}; going on from {path.name}, step {checkpoint['step']}", "stderr")
+        checkpoint["fell_back"] = refused is not None
         return settings, checkpoint
     raise refused
 
@@ -1753,20 +1695,21 @@ def main(argv=None):
         return status
     except (Exception, KeyboardInterrupt) as error:
         message, status = explain(error, s)
-        if world and world.store:
+        together = world is not None and world.store is not None
+        if together:
             world.fail(message)
         elif status and os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine speaks for all
             tell(f"train.py: {message}", "stderr")
         if not status:
-            raise
-        if world and world.store:
+            raise  # a bug shows where it is
+        if together:
             os._exit(status)  # the other processes are not waited for
         return status
 
 
 def explain(error, s):
-    """What to say of an exception that ended the program, in one line, and the exit status: 0 for a bug's."""
-    text, status = str(error), 0
+    """What to say of an exception that ended the program, in one line, and the exit status: None for a bug's."""
+    text, status = str(error), None
     if isinstance(error, (UserError, RunFailed)):
         status = 2 if isinstance(error, UserError) else 1
     elif isinstance(error, KeyboardInterrupt):
@@ -1774,7 +1717,7 @@ def explain(error, s):
     elif is_out_of_memory(error):
         text, status = out_of_memory(s) if s else "out of memory", 1
     elif isinstance(error, OSError):
-        text, status = f"{error.filename or s.out_dir}: {error.strerror or error}; what was saved is whole", 1
+        text, status = f"{error.filename or (s and s.out_dir)}: {error.strerror or error}; what was saved is whole", 1
     elif isinstance(error, RuntimeError) and re.search("gloo|NCCL", text):
         text, status = "another process was lost: it failed, or was killed", 1
     else:

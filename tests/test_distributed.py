@@ -456,9 +456,9 @@ def say_when_synchronizing(rank):
     """Have a process print with each backward pass whether its gradients are synchronized."""
     real = train.synchronizing
 
-    def synchronizing(model, world, now):
+    def synchronizing(model, now):
         print("now" if now else "later")
-        return real(model, world, now)
+        return real(model, now)
     train.synchronizing = synchronizing
 
 

@@ -269,7 +269,7 @@ def test_every_parameter_learns(optimizer, variant):
     """Zero-initialised projections hold back the layers before them for two updates, and no longer."""
     s = train.Settings(**(SHAPE | dict(optimizer=optimizer) | variant))
     model, idx, targets = train.GPT(s), tokens(8, 16), tokens(8, 16)
-    optimizers, before = train.make_optimizers(model, s, torch.device("cpu")), [p.clone() for p in model.parameters()]
+    optimizers, before = train.make_optimizers(model, s), [p.clone() for p in model.parameters()]
     for _ in range(3):
         model.zero_grad()
         model(idx, targets)[1].backward()

@@ -10,7 +10,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import train
 
 pytestmark = pytest.mark.usefixtures("seeded")
-CPU = torch.device("cpu")
 SHAPE = dict(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=32, ngram=1)
 MODELS = {
     "default": {}, "bigram": dict(n_layer=0), "tied": dict(tied_head=True), "gains": dict(norm_weight=True),
@@ -109,7 +108,7 @@ def test_muon_is_torchs_muon():
 def test_every_parameter_is_in_exactly_one_group(optimizer, model):
     s = train.Settings(**(SHAPE | MODELS[model]), optimizer=optimizer)
     model = train.GPT(s)
-    groups = [group for each in train.make_optimizers(model, s, CPU) for group in each.param_groups]
+    groups = [group for each in train.make_optimizers(model, s) for group in each.param_groups]
     found = sorted(id(p) for group in groups for p in group["params"])
     assert found == sorted(id(p) for p in model.parameters())
     for group in groups:
@@ -126,7 +125,7 @@ def test_muon_takes_the_matrices_of_the_blocks_each_as_one():
     gradients = [torch.cat([torch.linalg.qr(torch.randn(part.T.shape if part.shape[0] < part.shape[1] else part.shape))
                             [0].reshape(part.shape) * 10.0 ** -i for i, part in enumerate(p.split(SHAPE["n_embd"]))])
                  if p.ndim == 2 and p.shape == (96, 32) else torch.randn_like(p) for p in params]
-    steps(train.make_optimizers(model, s, CPU), params, [gradients])
+    steps(train.make_optimizers(model, s), params, [gradients])
     inside = {id(p) for p in model.blocks.parameters() if p.ndim == 2}
     assert len(inside) == 4 * s.n_layer
     for p, old in zip(params, before, strict=True):
@@ -149,7 +148,7 @@ def test_adamw_is_adamw(model):
          dict(params=[p for p in copies if p.ndim < 2], weight_decay=0.0)],
         lr=s.learning_rate, betas=(0.8, 0.95), foreach=False, fused=False)
     gradients = [[torch.randn_like(p) for p in params] for _ in range(5)]
-    steps(train.make_optimizers(model, s, CPU), params, gradients)
+    steps(train.make_optimizers(model, s), params, gradients)
     steps([reference], copies, gradients)
     for p, copy in zip(params, copies, strict=True):
         torch.testing.assert_close(p, copy, rtol=1e-5, atol=1e-6)

@@ -67,7 +67,7 @@ def ours(shape, batch, device, dtype, compiled, argv):
     model = train.GPT(s)
     model.compute_dtype = dtype
     model.to(device)
-    optimizers = train.make_optimizers(model, s, device)
+    optimizers = train.make_optimizers(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     forward = train.compile_model(model, s) if compiled else model
 
