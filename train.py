@@ -12,6 +12,7 @@
 
 Every run writes out/ckpt.pt (latest), out/best.pt (best validation loss), out/log.jsonl and, where matplotlib is
 installed, out/loss.png.
+A first reading of 600 lines: the sections Model, Optimizer, Schedule and evaluation, The loop, and window_starts.
 Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabulary. Everywhere `s` is the Settings of
 the run, `out` the Path of its folder, `split` a Split of the data.
 """
@@ -543,6 +544,24 @@ def orthogonalize(G, dtype, steps=5):
     return X.to(G.dtype)
 
 
+def is_sharded(x):
+    """Whether this process holds only a part of tensor x."""
+    return hasattr(x, "full_tensor")
+
+
+def whole(x):
+    """Tensor x, gathered from all processes if it is sharded."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def laid_out_like(p, x):
+    """Tensor x, which every process has whole, sharded as parameter p is."""
+    if not is_sharded(p) or x.shape != p.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): Nesterov momentum, orthogonalized, scaled to the RMS of an AdamW update.
 
@@ -624,6 +643,13 @@ def make_optimizers(model, s):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: memory maps of token ids. A batch is a pure function of the seed and of how many sequences came before it.
+
+
+def plain(path):
+    """`path`, which may be missing. Raises OSError for what would be read without end, as a named pipe or a device."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    return path
 
 
 def read_meta(s):
@@ -758,6 +784,16 @@ def training_batch(split, s, first, count, device):
         tokens = tokens.pin_memory()  # so that the copy overlaps the step under way
     tokens = tokens.to(device, non_blocking=True)
     return tokens[:, :-1], tokens[:, 1:]
+
+
+def check_data(s, splits, meta):
+    """Refuse settings that do not fit the data. Raises UserError."""
+    for split in splits.values():
+        if split.count <= s.block_size:
+            raise UserError(f"block_size={s.block_size} is longer than {split.path} ({split.count:,} tokens): "
+                            f"for example --block_size={max(1, split.count // 8)}, or prepare more text")
+    if s.vocab_size < meta["vocab_size"]:
+        raise UserError(f"vocab_size={s.vocab_size} is less than the data's {meta['vocab_size']}: leave it out")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -919,24 +955,6 @@ def shard_model(model, world):
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def is_sharded(x):
-    """Whether this process holds only a part of tensor x."""
-    return hasattr(x, "full_tensor")
-
-
-def whole(x):
-    """Tensor x, gathered from all processes if it is sharded."""
-    return x.full_tensor() if is_sharded(x) else x
-
-
-def laid_out_like(p, x):
-    """Tensor x, which every process has whole, sharded as parameter p is."""
-    if not is_sharded(p) or x.shape != p.shape:
-        return x
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
-
-
 @contextlib.contextmanager
 def synchronizing(model, now):
     """Synchronize the gradients of a backward pass over the processes now, or leave that to a later one."""
@@ -944,6 +962,26 @@ def synchronizing(model, now):
         model.set_requires_gradient_sync(now)
     with nullcontext() if now or not hasattr(model, "no_sync") else model.no_sync():  # DDP
         yield
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory ran out: torch has no one class for it."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or re.search("allocate|ALLOC_FAILED", str(error)) is not None
+
+
+def out_of_memory(s):
+    """What to say of settings that did not fit into the memory."""
+    with torch.device("meta"):  # counts without allocating
+        model = GPT(s)
+    freeze(model, s.train_last)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    total, matrices = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (model, model.blocks))
+    states = 2 * total - (matrices if s.optimizer == "muon" else 0)  # AdamW keeps two numbers a parameter, Muon one
+    return (f"out of memory: parameters, gradients and optimizer state take "
+            f"{4 * (frozen + 2 * total + states) / 2**30:.2f} GiB in this run; the rest grows with "
+            f"batch_size={s.batch_size} (halve it and double gradient_accumulation_steps: the curve stays), "
+            f"block_size={s.block_size}, n_layer={s.n_layer} and n_embd={s.n_embd}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -982,13 +1020,6 @@ def save_checkpoint(path, checkpoint, keep=None):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def plain(path):
-    """`path`, which may be missing. Raises OSError for what would be read without end, as a named pipe or a device."""
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise OSError(errno.EINVAL, "it is not a file", str(path))
-    return path
 
 
 def check_zip(path):
@@ -1072,383 +1103,6 @@ def model_from_checkpoint(checkpoint, path="checkpoint"):
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"{path}: its weights and its settings do not fit together: {reason}") from None
     return model.float().eval()
-
-
-def this_job():
-    """What tells this launch of torchrun from others, over all its restarts; without torchrun nothing."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"child of {os.getppid()}" if job == "none" else job  # where it was given no --rdzv-id
-
-
-def belongs_to_this_job(out):
-    """Whether the run in folder `out` was begun by this launch of torchrun, which has restarted its processes since."""
-    if os.environ.get("TORCHELASTIC_RUN_ID") == "none" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return False  # the number of its parent process may be that of an earlier launch's
-    with contextlib.suppress(OSError, ValueError):
-        job = plain(out / ".job").read_text("utf-8")
-        return job == this_job() != "" and any((out / name).exists() for name in RUN_FILES[:2])
-    return False
-
-
-@contextlib.contextmanager
-def claim(out, anew):
-    """Hold folder `out` for this process, which a crash ends too. A new run sets an earlier one's files aside.
-
-    Raises UserError when another run holds it, or when it cannot be written to.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = out / ".lock"
-        if lock.is_symlink() or lock.exists() and not lock.is_file():  # somebody put there, to be written through
-            lock.unlink()
-        file = open(lock, "ab")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", error)
-        raise UserError(f"cannot write to out_dir={str(out)!r} ({reason}): choose another with --out_dir") from None
-    with file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # any other: a file system without locks, on which the user is trusted
-            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                raise UserError(f"out_dir={out} is in use by another run: wait for it, or choose another") from None
-        if anew:
-            set_aside(out)
-        if this_job():
-            with contextlib.suppress(OSError):  # a full disk: a restart then takes the run for another's
-                write_text(out / ".job", this_job())
-        yield file
-
-
-def write_text(path, text):
-    """Write a text file whole or not at all, and never through a link that somebody put there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
-
-
-def set_aside(out):
-    """Move an earlier run's files to out/previous, or the next free name like it, so that nothing is overwritten."""
-    old = [out / name for name in (*RUN_FILES, "loss.png", "tensorboard", "wandb-id.txt") if (out / name).exists()]
-    if not old:
-        return
-    target, n = out / "previous", 1
-    while os.path.lexists(target):
-        n += 1
-        target = out / f"previous-{n}"
-    target.mkdir(parents=True)
-    for path in old:
-        os.replace(path, target / path.name)
-    tell(f"an earlier run in {out} was moved to {target}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedule and evaluation.
-
-
-def learning_rate(step, s):
-    """The learning rate of update number `step` (from 0): warm-up, then constant and linear, or a cosine."""
-    end = s.lr_decay_iters or s.max_iters
-    if step < s.warmup_iters:
-        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
-    if not s.decay_lr:
-        return s.learning_rate
-    if step >= end:
-        return s.min_lr
-    if s.schedule == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * (step - s.warmup_iters) / (end - s.warmup_iters)))
-    else:
-        left = min(1.0, (end - step) / (s.decay_share * (end - s.warmup_iters)))
-    return s.min_lr + left * (s.learning_rate - s.min_lr)
-
-
-@torch.no_grad()
-def evaluate(model, split, s, world):
-    """Mean cross-entropy in nats over a split, every token but the first predicted once, in windows of block_size.
-
-    The same number for every process count and batch size, up to float rounding; draws nothing at random.
-    """
-    T = s.block_size
-    windows = -(-(split.count - 1) // T)  # the last may be short
-    if s.eval_iters:
-        windows = min(windows, s.eval_iters * s.batch_size)
-    mine = world.share(0, windows)
-    passes = -(-windows // (world.size * s.batch_size))  # as many in each process: FSDP works in step
-    losses, counts = torch.zeros(passes, device=world.device), torch.zeros(passes, dtype=torch.float64)
-    began = time.monotonic()
-    model.eval()
-    for i in range(passes):
-        rows = mine.start + i * s.batch_size + np.arange(s.batch_size)  # always a full batch: one shape, compiled once
-        tokens = split.read(rows * T, T + 1)
-        x, y = tokens[:, :-1], tokens[:, 1:].clone()
-        past = rows[:, None] * T + np.arange(1, T + 1) >= split.count
-        y[torch.from_numpy(past | (rows >= mine.stop)[:, None])] = -1
-        losses[i] = model(x.to(world.device), y.to(world.device))[1]  # stays on the device: nothing waits here
-        counts[i] = (y >= 0).sum()
-        show_progress(world, "evaluating", i + 1, passes, began)
-    if hasattr(model, "reshard"):
-        model.reshard()  # FSDP keeps the outermost tensors whole for a backward pass, which does not come here
-    losses = torch.where(counts > 0, losses.cpu().double(), 0.0)  # the mean of nothing is not a number
-    model.train()
-    total, count = world.total(torch.stack([losses @ counts, counts.sum()])).tolist()
-    return total / count
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop.
-
-
-class Log:
-    """The console's table, out_dir/log.jsonl and the trackers asked for: one line each time, by rank 0 alone."""
-
-    def __init__(self, s, world, progress, peak_tokens_per_second):
-        self.path = Path(s.out_dir) / "log.jsonl" if world.rank == 0 else None
-        self.max_iters, self.peak = s.max_iters, peak_tokens_per_second
-        self.launched, self.titled = LAUNCHED - progress.elapsed, False  # as if a resumed run had never stopped
-        self.first_step, self.began = progress.step, time.monotonic()
-        if self.path is None:
-            return
-        lines = self.path.read_text("utf-8", "replace").splitlines() if progress.step and self.path.is_file() else []
-        found = [re.match(r'{"step": (\d{1,16}),.*}$', line) for line in lines]
-        kept = [match[0] for match in found if match and int(match[1]) <= progress.step]
-        write_text(self.path, "".join(line + "\n" for line in kept))  # a resumed run goes on after its checkpoint
-        self.trackers = open_trackers(s, progress.step)
-
-    def elapsed(self):
-        """Seconds since the run was launched, its earlier parts included."""
-        return time.monotonic() - self.launched
-
-    def line(self, step, val_loss=None, best=False, **numbers):
-        """Write what is known at a step; `best` marks the lowest val_loss so far. Step 0 has a val_loss alone."""
-        if self.path is None:
-            return
-        record = dict(step=step, val_loss=val_loss, **numbers, elapsed=round(self.elapsed(), 3))
-        append_line(self.path, json.dumps(record))
-        for track in self.trackers:
-            track(step, {key: value for key, value in record.items() if key != "step" and value is not None})
-        val = " " * 8 if val_loss is None else paint(f"{val_loss:8.4f}", BOLD if best else "")
-        pace = (time.monotonic() - self.began) / max(1, step - self.first_step)  # seconds a step, all included
-        left = pace * (self.max_iters - step)
-        if not self.titled:
-            self.titled = True
-            if step > self.first_step:
-                done_at = time.strftime("%H:%M" if left < 43200 else "%A, %H:%M", time.localtime(time.time() + left))
-                tell(f"time       about {clock(self.elapsed() + left)} in all, done at {done_at}")
-            titles = "    step    loss     val       lr   norm   tokens/s  elapsed     left"
-            tell(paint(titles + "    MFU" * bool(self.peak), DIM))
-        if "loss" not in numbers:
-            return tell(f"{step:8d}{'':8}{val}")
-        mfu = f"{numbers['tokens_per_second'] / self.peak:7.1%}" if self.peak else ""
-        tell(f"{step:8d}{numbers['loss']:8.4f}{val}{numbers['lr']:9.1e}{numbers['grad_norm']:7.3f}"
-             f"{numbers['tokens_per_second']:11,d}{clock(self.elapsed()):>9}{clock(left):>9}{mfu}")
-
-
-def open_trackers(s, step):
-    """The trackers that the settings ask for, each a function of (step, numbers by name). UserError."""
-    trackers, out, shown = [], Path(s.out_dir), asdict(s)
-    if s.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)  # what came after the checkpoint comes again
-        writer.add_text("settings", "\n".join(f"    {key} = {value!r}" for key, value in shown.items()), step)
-        trackers.append(lambda step, numbers: [writer.add_scalar(*number, step) for number in numbers.items()])
-    if s.wandb:
-        import wandb
-        name = out / "wandb-id.txt"
-        known = name.read_text("utf-8") if step and name.is_file() else None
-        try:
-            run = wandb.init(project="gpt", name=s.out_dir, id=known, resume="allow" if known else None, dir=out,
-                             config=shown, settings=wandb.Settings(silent=True))
-            write_text(name, run.id)
-        except (wandb.errors.Error, ValueError) as error:
-            raise UserError(f"wandb=True: {error}: run `wandb login`, or set WANDB_MODE=offline") from None
-        tell(f"wandb      {run.dir if run.offline else run.url}")
-        trackers.append(lambda step, numbers: run.log(numbers, step=step))
-    return trackers
-
-
-DIM, BOLD = "2", "1"  # of ECMA-48, which every terminal knows
-
-
-def paint(text, style):
-    """`text` in a style, on a terminal whose user has not set NO_COLOR (https://no-color.org)."""
-    plain_text = not style or not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain_text else f"\x1b[{style}m{text}\x1b[0m"
-
-
-def append_line(path, text):
-    """Append a whole line to a file or, with a note, none of it: a full disk neither stops a run nor cuts a line."""
-    data = (text + "\n").encode("utf-8")
-    try:
-        with open(path, "ab", buffering=0) as file:
-            end = file.tell()
-            if file.write(data) < len(data):
-                file.truncate(end)
-                raise OSError("the disk is full")
-    except OSError as error:
-        tell(f"note: a line of {path} could not be written ({error.strerror or error})", "stderr")
-
-
-def clock(seconds):
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
-
-
-def draw_losses(out, world):
-    """Keep out_dir/loss.png current, where matplotlib is installed; sample.py --plot, which compares runs, draws it."""
-    if world.rank == 0 and importlib.util.find_spec("matplotlib"):
-        try:
-            import sample
-            sample.plot_losses([out], out / "loss.png")
-        except Exception as error:  # a picture is never worth a run
-            tell(f"note: {out / 'loss.png'} could not be drawn: {' '.join(str(error).split())[:100]}", "stderr")
-
-
-def show_progress(world, what, done, total, began):
-    """A bar on a terminal for what takes longer than two seconds, wiped out when it is done."""
-    if world.rank == 0 and sys.stdout.isatty() and time.monotonic() - began > 2:
-        bar = "#" * (30 * done // total)
-        sys.stdout.write(f"\r{what} [{bar:<30}] {done / total:4.0%}" if done < total else "\r" + " " * 60 + "\r")
-        sys.stdout.flush()
-
-
-class StopSignal:
-    """Remembers a SIGINT or SIGTERM, for the loop to stop after the step; a second SIGINT interrupts at once."""
-
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        self.number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def accumulate_gradients(model, scaler, split, s, world, sequences):
-    """Forward and backward over this process's share of the global batch, in passes of at most batch_size.
-
-    Returns this process's part of the batch's mean loss, a scalar tensor. The gradients, once averaged over the
-    processes, are those of the mean over the whole batch, however it was cut.
-    """
-    sequences_in_all = s.batch_size * s.gradient_accumulation_steps
-    share = world.share(sequences, sequences_in_all)
-    passes = -(-sequences_in_all // (world.size * s.batch_size))  # as many in each process: FSDP works in step
-    total = torch.zeros((), device=world.device)
-    for i in range(passes):
-        rows = share[i * s.batch_size:(i + 1) * s.batch_size]  # may be none: a sequence of weight 0 keeps pace
-        x, y = training_batch(split, s, rows.start, max(1, len(rows)), world.device)
-        with synchronizing(model, i == passes - 1):
-            loss = model(x, y)[1] * (len(rows) / sequences_in_all)
-            scaler.scale(loss * world.size).backward()  # DDP and FSDP divide by the number of processes
-        total += loss.detach()
-    return total
-
-
-def update(model, optimizers, scaler, lr, grad_clip):
-    """Clip the gradients and take one optimizer step at learning rate lr. Returns the norm before clipping."""
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
-    for optimizer in optimizers:
-        scaler.step(optimizer)
-    scaler.update()
-    model.zero_grad(set_to_none=True)
-    return grad_norm
-
-
-def check_data(s, splits, meta):
-    """Refuse settings that do not fit the data. Raises UserError."""
-    for split in splits.values():
-        if split.count <= s.block_size:
-            raise UserError(f"block_size={s.block_size} is longer than {split.path} ({split.count:,} tokens): "
-                            f"for example --block_size={max(1, split.count // 8)}, or prepare more text")
-    if s.vocab_size < meta["vocab_size"]:
-        raise UserError(f"vocab_size={s.vocab_size} is less than the data's {meta['vocab_size']}: leave it out")
-
-
-def check_continued(s, checkpoint):
-    """Refuse what cannot be changed when going on from a checkpoint. Raises UserError."""
-    if read_meta(s)[1]["tokenizer"] != checkpoint["tokenizer"]:
-        raise UserError(f"dataset={s.dataset} has another tokenizer than the checkpoint: resume with the data it was "
-                        "trained on, or train anew with another --out_dir")
-    free = ("dropout", "ngram_dropout", "recompute")
-    for key in [f.name for f in fields(GPTConfig) if f.name not in free] + ["optimizer", "train_last"]:
-        if getattr(s, key) != (before := checkpoint["config"].get(key, getattr(Settings, key))):
-            raise UserError(f"{key}={getattr(s, key)} cannot be changed on resume: the checkpoint has {before}. "
-                            "Leave it out, or train anew with another --out_dir")
-
-
-def check_finite(s, first_step, **columns):
-    """Raise RunFailed for the first step with a number that is not finite, before anything of it is saved."""
-    for step, numbers in enumerate(zip(*columns.values(), strict=True), first_step):
-        bad = [f"{name} {x:.4g}" for name, x in zip(columns, numbers, strict=True) if not math.isfinite(x)]
-        if bad:
-            kept = Path(s.out_dir) / "ckpt.pt"
-            saved = f"{kept} is from before it" if kept.exists() else "no checkpoint was written yet"
-            raise RunFailed(f"step {step}: {', '.join(bad).replace('_', ' ')} is not finite; {saved}. "
-                            f"Usual causes: learning_rate={s.learning_rate:g} too high, warmup_iters={s.warmup_iters} "
-                            f"too few, dtype={s.dtype} too coarse (try --dtype=float32)")
-
-
-def is_out_of_memory(error):
-    """Whether an exception says that memory ran out: torch has no one class for it."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or re.search("allocate|ALLOC_FAILED", str(error)) is not None
-
-
-def out_of_memory(s):
-    """What to say of settings that did not fit into the memory."""
-    with torch.device("meta"):  # counts without allocating
-        model = GPT(s)
-    freeze(model, s.train_last)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    total, matrices = (sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (model, model.blocks))
-    states = 2 * total - (matrices if s.optimizer == "muon" else 0)  # AdamW keeps two numbers a parameter, Muon one
-    return (f"out of memory: parameters, gradients and optimizer state take "
-            f"{4 * (frozen + 2 * total + states) / 2**30:.2f} GiB in this run; the rest grows with "
-            f"batch_size={s.batch_size} (halve it and double gradient_accumulation_steps: the curve stays), "
-            f"block_size={s.block_size}, n_layer={s.n_layer} and n_embd={s.n_embd}")
-
-
-def announce(s, world, meta, model):
-    """The run in a few lines, before it begins."""
-    parts, tokens = model.parameters_by_part(), s.batch_size * s.gradient_accumulation_steps * s.block_size
-    counted = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count)
-    train_tokens, val_tokens = meta["tokens"]["train"], meta["tokens"]["val"]
-    epochs, dtype = s.max_iters * tokens / train_tokens, str(model.compute_dtype).removeprefix("torch.")
-    changed = " ".join(f"{f.name}={getattr(s, f.name)}" for f in fields(s) if getattr(s, f.name) != f.default)
-    for line in (
-        f"corpus     {meta['corpus']}: {train_tokens:,} training and {val_tokens:,} validation tokens",
-        *([f"           {meta['note']}"] if "note" in meta else []),
-        f"settings   {changed}",
-        f"model      {sum(parts.values()):,} parameters: {counted}",
-        f"hardware   {world.device}, {dtype}, {world.size} process{'es' * (world.size > 1)}",
-        f"work       {s.max_iters:,} steps of {tokens:,} tokens, {epochs:.1f} epochs",
-    ):
-        world.say(textwrap.fill(line, 80, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False))
-
-
-def farewell(s, world, run, stop, stopping):
-    """The run in a line or two, after its end. Returns the exit status."""
-    progress, best = run.progress, run.progress.best_val_loss
-    folder = "" if s.out_dir == "out" else f" --out_dir={s.out_dir}"
-    if stopping:
-        world.say(f"stopped at step {progress.step}, all is saved; go on: python train.py --init_from=resume{folder}")
-        return 128 + (stop.number or signal.SIGTERM)  # if another process got the signal
-    if not progress.best_step:
-        world.say(f"nothing to do: step {progress.step} of {s.max_iters} is done")
-        return 0
-    world.say(f"best validation loss {best:.4f} ({best * run.bits_per_byte:.4f} bits per byte) at step "
-              f"{progress.best_step}, in {Path(s.out_dir) / 'best.pt'}\nto hear it: python sample.py{folder}")
-    return 0
 
 
 class Run:
@@ -1550,29 +1204,382 @@ class Run:
             tell(f"note: {text}; what was saved before is whole, and the next save tries again", "stderr")
 
 
-def train(s, world, checkpoint=None):
-    """Train as the settings say, from a checkpoint's state if one is given. Returns the exit status."""
-    folder, meta = read_meta(s)
-    splits = {name: Split(folder, name, meta) for name in ("train", "val")}
-    if checkpoint and checkpoint.get("data", text_of(meta)) != text_of(meta) and world.rank == 0:
-        tell(f"note: dataset={s.dataset} is not the text, or not the split of it, that the checkpoint was trained on",
-             "stderr")
-    s.vocab_size = s.vocab_size or meta["vocab_size"]
-    check_data(s, splits, meta)
-    writes = world.rank == 0 and not s.eval_only
-    with claim(Path(s.out_dir), anew="optimizer" not in (checkpoint or {})) if writes else nullcontext() as lock:
-        run = Run(s, meta, world, checkpoint)
-        run.lock = lock
-        steps = world.total(torch.tensor(run.progress.step, dtype=torch.float64)).item()
-        if steps != run.progress.step * world.size:  # by the sum at least one of them sees it
-            raise RunFailed(f"the processes read different checkpoints in out_dir={s.out_dir}: it must be on storage "
-                            "that all machines share")
-        announce(s, world, meta, run.model)
-        if not s.eval_only:
-            return fit(run, splits, s, world)
-        val_loss = evaluate(run.model, splits["val"], s, world)
-        world.say(f"validation loss {val_loss:.4f} ({val_loss * run.bits_per_byte:.4f} bits per byte)")
+def check_continued(s, checkpoint):
+    """Refuse what cannot be changed when going on from a checkpoint. Raises UserError."""
+    if read_meta(s)[1]["tokenizer"] != checkpoint["tokenizer"]:
+        raise UserError(f"dataset={s.dataset} has another tokenizer than the checkpoint: resume with the data it was "
+                        "trained on, or train anew with another --out_dir")
+    free = ("dropout", "ngram_dropout", "recompute")
+    for key in [f.name for f in fields(GPTConfig) if f.name not in free] + ["optimizer", "train_last"]:
+        if getattr(s, key) != (before := checkpoint["config"].get(key, getattr(Settings, key))):
+            raise UserError(f"{key}={getattr(s, key)} cannot be changed on resume: the checkpoint has {before}. "
+                            "Leave it out, or train anew with another --out_dir")
+
+
+def resume(s, argv):
+    """The settings and the newest checkpoint in out_dir that is whole and fits the data and the command line."""
+    refused = None
+    for path in (Path(s.out_dir) / name for name in RUN_FILES[:2]):
+        try:
+            checkpoint = load_checkpoint(path)
+            model_from_checkpoint(checkpoint, path)
+            if "optimizer" not in checkpoint:
+                raise UserError(f"{path} has no optimizer state to go on from: train anew")
+            known = {f.name: convert(f, checkpoint["config"].get(f.name, f.default), path) for f in fields(Settings)}
+            # the run's own settings, but for where it lies now, and over them what is asked for now
+            settings = override(Settings(**known | dict(out_dir=s.out_dir)), argv)
+            check(settings)
+            check_continued(settings, checkpoint)
+        except UserError as error:
+            refused = error if os.path.exists(path) or refused is None else refused
+            continue
+        if refused:
+            tell(f"note: {refused}; going on from {path.name}, step {checkpoint['step']}", "stderr")
+        checkpoint["fell_back"] = refused is not None
+        return settings, checkpoint
+    raise refused
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run's folder: one run at a time writes to it, and what an earlier one left there is kept.
+
+
+def write_text(path, text):
+    """Write a text file whole or not at all, and never through a link that somebody put there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def claim(out, anew):
+    """Hold folder `out` for this process, which a crash ends too. A new run sets an earlier one's files aside.
+
+    Raises UserError when another run holds it, or when it cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = out / ".lock"
+        if lock.is_symlink() or lock.exists() and not lock.is_file():  # somebody put there, to be written through
+            lock.unlink()
+        file = open(lock, "ab")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"cannot write to out_dir={str(out)!r} ({reason}): choose another with --out_dir") from None
+    with file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # any other: a file system without locks, on which the user is trusted
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise UserError(f"out_dir={out} is in use by another run: wait for it, or choose another") from None
+        if anew:
+            set_aside(out)
+        if this_job():
+            with contextlib.suppress(OSError):  # a full disk: a restart then takes the run for another's
+                write_text(out / ".job", this_job())
+        yield file
+
+
+def set_aside(out):
+    """Move an earlier run's files to out/previous, or the next free name like it, so that nothing is overwritten."""
+    old = [out / name for name in (*RUN_FILES, "loss.png", "tensorboard", "wandb-id.txt") if (out / name).exists()]
+    if not old:
+        return
+    target, n = out / "previous", 1
+    while os.path.lexists(target):
+        n += 1
+        target = out / f"previous-{n}"
+    target.mkdir(parents=True)
+    for path in old:
+        os.replace(path, target / path.name)
+    tell(f"an earlier run in {out} was moved to {target}")
+
+
+def this_job():
+    """What tells this launch of torchrun from others, over all its restarts; without torchrun nothing."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"child of {os.getppid()}" if job == "none" else job  # where it was given no --rdzv-id
+
+
+def belongs_to_this_job(out):
+    """Whether the run in folder `out` was begun by this launch of torchrun, which has restarted its processes since."""
+    if os.environ.get("TORCHELASTIC_RUN_ID") == "none" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False  # the number of its parent process may be that of an earlier launch's
+    with contextlib.suppress(OSError, ValueError):
+        job = plain(out / ".job").read_text("utf-8")
+        return job == this_job() != "" and any((out / name).exists() for name in RUN_FILES[:2])
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run shows and logs: the header, the table, log.jsonl, trackers, loss.png.
+
+DIM, BOLD = "2", "1"  # of ECMA-48, which every terminal knows
+
+
+def paint(text, style):
+    """`text` in a style, on a terminal whose user has not set NO_COLOR (https://no-color.org)."""
+    plain_text = not style or not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain_text else f"\x1b[{style}m{text}\x1b[0m"
+
+
+def clock(seconds):
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+def announce(s, world, meta, model):
+    """The run in a few lines, before it begins."""
+    parts, tokens = model.parameters_by_part(), s.batch_size * s.gradient_accumulation_steps * s.block_size
+    counted = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count)
+    train_tokens, val_tokens = meta["tokens"]["train"], meta["tokens"]["val"]
+    epochs, dtype = s.max_iters * tokens / train_tokens, str(model.compute_dtype).removeprefix("torch.")
+    changed = " ".join(f"{f.name}={getattr(s, f.name)}" for f in fields(s) if getattr(s, f.name) != f.default)
+    for line in (
+        f"corpus     {meta['corpus']}: {train_tokens:,} training and {val_tokens:,} validation tokens",
+        *([f"           {meta['note']}"] if "note" in meta else []),
+        f"settings   {changed}",
+        f"model      {sum(parts.values()):,} parameters: {counted}",
+        f"hardware   {world.device}, {dtype}, {world.size} process{'es' * (world.size > 1)}",
+        f"work       {s.max_iters:,} steps of {tokens:,} tokens, {epochs:.1f} epochs",
+    ):
+        world.say(textwrap.fill(line, 80, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False))
+
+
+class Log:
+    """The console's table, out_dir/log.jsonl and the trackers asked for: one line each time, by rank 0 alone."""
+
+    def __init__(self, s, world, progress, peak_tokens_per_second):
+        self.path = Path(s.out_dir) / "log.jsonl" if world.rank == 0 else None
+        self.max_iters, self.peak = s.max_iters, peak_tokens_per_second
+        self.launched, self.titled = LAUNCHED - progress.elapsed, False  # as if a resumed run had never stopped
+        self.first_step, self.began = progress.step, time.monotonic()
+        if self.path is None:
+            return
+        lines = self.path.read_text("utf-8", "replace").splitlines() if progress.step and self.path.is_file() else []
+        found = [re.match(r'{"step": (\d{1,16}),.*}$', line) for line in lines]
+        kept = [match[0] for match in found if match and int(match[1]) <= progress.step]
+        write_text(self.path, "".join(line + "\n" for line in kept))  # a resumed run goes on after its checkpoint
+        self.trackers = open_trackers(s, progress.step)
+
+    def elapsed(self):
+        """Seconds since the run was launched, its earlier parts included."""
+        return time.monotonic() - self.launched
+
+    def line(self, step, val_loss=None, best=False, **numbers):
+        """Write what is known at a step; `best` marks the lowest val_loss so far. Step 0 has a val_loss alone."""
+        if self.path is None:
+            return
+        record = dict(step=step, val_loss=val_loss, **numbers, elapsed=round(self.elapsed(), 3))
+        append_line(self.path, json.dumps(record))
+        for track in self.trackers:
+            track(step, {key: value for key, value in record.items() if key != "step" and value is not None})
+        val = " " * 8 if val_loss is None else paint(f"{val_loss:8.4f}", BOLD if best else "")
+        pace = (time.monotonic() - self.began) / max(1, step - self.first_step)  # seconds a step, all included
+        left = pace * (self.max_iters - step)
+        if not self.titled:
+            self.titled = True
+            if step > self.first_step:
+                done_at = time.strftime("%H:%M" if left < 43200 else "%A, %H:%M", time.localtime(time.time() + left))
+                tell(f"time       about {clock(self.elapsed() + left)} in all, done at {done_at}")
+            titles = "    step    loss     val       lr   norm   tokens/s  elapsed     left"
+            tell(paint(titles + "    MFU" * bool(self.peak), DIM))
+        if "loss" not in numbers:
+            return tell(f"{step:8d}{'':8}{val}")
+        mfu = f"{numbers['tokens_per_second'] / self.peak:7.1%}" if self.peak else ""
+        tell(f"{step:8d}{numbers['loss']:8.4f}{val}{numbers['lr']:9.1e}{numbers['grad_norm']:7.3f}"
+             f"{numbers['tokens_per_second']:11,d}{clock(self.elapsed()):>9}{clock(left):>9}{mfu}")
+
+
+def append_line(path, text):
+    """Append a whole line to a file or, with a note, none of it: a full disk neither stops a run nor cuts a line."""
+    data = (text + "\n").encode("utf-8")
+    try:
+        with open(path, "ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(data) < len(data):
+                file.truncate(end)
+                raise OSError("the disk is full")
+    except OSError as error:
+        tell(f"note: a line of {path} could not be written ({error.strerror or error})", "stderr")
+
+
+def open_trackers(s, step):
+    """The trackers that the settings ask for, each a function of (step, numbers by name). UserError."""
+    trackers, out, shown = [], Path(s.out_dir), asdict(s)
+    if s.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)  # what came after the checkpoint comes again
+        writer.add_text("settings", "\n".join(f"    {key} = {value!r}" for key, value in shown.items()), step)
+        trackers.append(lambda step, numbers: [writer.add_scalar(*number, step) for number in numbers.items()])
+    if s.wandb:
+        import wandb
+        name = out / "wandb-id.txt"
+        known = name.read_text("utf-8") if step and name.is_file() else None
+        try:
+            run = wandb.init(project="gpt", name=s.out_dir, id=known, resume="allow" if known else None, dir=out,
+                             config=shown, settings=wandb.Settings(silent=True))
+            write_text(name, run.id)
+        except (wandb.errors.Error, ValueError) as error:
+            raise UserError(f"wandb=True: {error}: run `wandb login`, or set WANDB_MODE=offline") from None
+        tell(f"wandb      {run.dir if run.offline else run.url}")
+        trackers.append(lambda step, numbers: run.log(numbers, step=step))
+    return trackers
+
+
+def draw_losses(out, world):
+    """Keep out_dir/loss.png current, where matplotlib is installed; sample.py --plot, which compares runs, draws it."""
+    if world.rank == 0 and importlib.util.find_spec("matplotlib"):
+        try:
+            import sample
+            sample.plot_losses([out], out / "loss.png")
+        except Exception as error:  # a picture is never worth a run
+            tell(f"note: {out / 'loss.png'} could not be drawn: {' '.join(str(error).split())[:100]}", "stderr")
+
+
+def show_progress(world, what, done, total, began):
+    """A bar on a terminal for what takes longer than two seconds, wiped out when it is done."""
+    if world.rank == 0 and sys.stdout.isatty() and time.monotonic() - began > 2:
+        bar = "#" * (30 * done // total)
+        sys.stdout.write(f"\r{what} [{bar:<30}] {done / total:4.0%}" if done < total else "\r" + " " * 60 + "\r")
+        sys.stdout.flush()
+
+
+def farewell(s, world, run, stop, stopping):
+    """The run in a line or two, after its end. Returns the exit status."""
+    progress, best = run.progress, run.progress.best_val_loss
+    folder = "" if s.out_dir == "out" else f" --out_dir={s.out_dir}"
+    if stopping:
+        world.say(f"stopped at step {progress.step}, all is saved; go on: python train.py --init_from=resume{folder}")
+        return 128 + (stop.number or signal.SIGTERM)  # if another process got the signal
+    if not progress.best_step:
+        world.say(f"nothing to do: step {progress.step} of {s.max_iters} is done")
         return 0
+    world.say(f"best validation loss {best:.4f} ({best * run.bits_per_byte:.4f} bits per byte) at step "
+              f"{progress.best_step}, in {Path(s.out_dir) / 'best.pt'}\nto hear it: python sample.py{folder}")
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedule and evaluation.
+
+
+def learning_rate(step, s):
+    """The learning rate of update number `step` (from 0): warm-up, then constant and linear, or a cosine."""
+    end = s.lr_decay_iters or s.max_iters
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    if not s.decay_lr:
+        return s.learning_rate
+    if step >= end:
+        return s.min_lr
+    if s.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * (step - s.warmup_iters) / (end - s.warmup_iters)))
+    else:
+        left = min(1.0, (end - step) / (s.decay_share * (end - s.warmup_iters)))
+    return s.min_lr + left * (s.learning_rate - s.min_lr)
+
+
+@torch.no_grad()
+def evaluate(model, split, s, world):
+    """Mean cross-entropy in nats over a split, every token but the first predicted once, in windows of block_size.
+
+    The same number for every process count and batch size, up to float rounding; draws nothing at random.
+    """
+    T = s.block_size
+    windows = -(-(split.count - 1) // T)  # the last may be short
+    if s.eval_iters:
+        windows = min(windows, s.eval_iters * s.batch_size)
+    mine = world.share(0, windows)
+    passes = -(-windows // (world.size * s.batch_size))  # as many in each process: FSDP works in step
+    losses, counts = torch.zeros(passes, device=world.device), torch.zeros(passes, dtype=torch.float64)
+    began = time.monotonic()
+    model.eval()
+    for i in range(passes):
+        rows = mine.start + i * s.batch_size + np.arange(s.batch_size)  # always a full batch: one shape, compiled once
+        tokens = split.read(rows * T, T + 1)
+        x, y = tokens[:, :-1], tokens[:, 1:].clone()
+        past = rows[:, None] * T + np.arange(1, T + 1) >= split.count
+        y[torch.from_numpy(past | (rows >= mine.stop)[:, None])] = -1
+        losses[i] = model(x.to(world.device), y.to(world.device))[1]  # stays on the device: nothing waits here
+        counts[i] = (y >= 0).sum()
+        show_progress(world, "evaluating", i + 1, passes, began)
+    if hasattr(model, "reshard"):
+        model.reshard()  # FSDP keeps the outermost tensors whole for a backward pass, which does not come here
+    losses = torch.where(counts > 0, losses.cpu().double(), 0.0)  # the mean of nothing is not a number
+    model.train()
+    total, count = world.total(torch.stack([losses @ counts, counts.sum()])).tolist()
+    return total / count
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
+class StopSignal:
+    """Remembers a SIGINT or SIGTERM, for the loop to stop after the step; a second SIGINT interrupts at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def accumulate_gradients(model, scaler, split, s, world, sequences):
+    """Forward and backward over this process's share of the global batch, in passes of at most batch_size.
+
+    Returns this process's part of the batch's mean loss, a scalar tensor. The gradients, once averaged over the
+    processes, are those of the mean over the whole batch, however it was cut.
+    """
+    sequences_in_all = s.batch_size * s.gradient_accumulation_steps
+    share = world.share(sequences, sequences_in_all)
+    passes = -(-sequences_in_all // (world.size * s.batch_size))  # as many in each process: FSDP works in step
+    total = torch.zeros((), device=world.device)
+    for i in range(passes):
+        rows = share[i * s.batch_size:(i + 1) * s.batch_size]  # may be none: a sequence of weight 0 keeps pace
+        x, y = training_batch(split, s, rows.start, max(1, len(rows)), world.device)
+        with synchronizing(model, i == passes - 1):
+            loss = model(x, y)[1] * (len(rows) / sequences_in_all)
+            scaler.scale(loss * world.size).backward()  # DDP and FSDP divide by the number of processes
+        total += loss.detach()
+    return total
+
+
+def update(model, optimizers, scaler, lr, grad_clip):
+    """Clip the gradients and take one optimizer step at learning rate lr. Returns the norm before clipping."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    model.zero_grad(set_to_none=True)
+    return grad_norm
+
+
+def check_finite(s, first_step, **columns):
+    """Raise RunFailed for the first step with a number that is not finite, before anything of it is saved."""
+    for step, numbers in enumerate(zip(*columns.values(), strict=True), first_step):
+        bad = [f"{name} {x:.4g}" for name, x in zip(columns, numbers, strict=True) if not math.isfinite(x)]
+        if bad:
+            kept = Path(s.out_dir) / "ckpt.pt"
+            saved = f"{kept} is from before it" if kept.exists() else "no checkpoint was written yet"
+            raise RunFailed(f"step {step}: {', '.join(bad).replace('_', ' ')} is not finite; {saved}. "
+                            f"Usual causes: learning_rate={s.learning_rate:g} too high, warmup_iters={s.warmup_iters} "
+                            f"too few, dtype={s.dtype} too coarse (try --dtype=float32)")
 
 
 def fit(run, splits, s, world):
@@ -1634,6 +1641,35 @@ def fit(run, splits, s, world):
     return farewell(s, world, run, stop, stopping)
 
 
+def train(s, world, checkpoint=None):
+    """Train as the settings say, from a checkpoint's state if one is given. Returns the exit status."""
+    folder, meta = read_meta(s)
+    splits = {name: Split(folder, name, meta) for name in ("train", "val")}
+    if checkpoint and checkpoint.get("data", text_of(meta)) != text_of(meta) and world.rank == 0:
+        tell(f"note: dataset={s.dataset} is not the text, or not the split of it, that the checkpoint was trained on",
+             "stderr")
+    s.vocab_size = s.vocab_size or meta["vocab_size"]
+    check_data(s, splits, meta)
+    writes = world.rank == 0 and not s.eval_only
+    with claim(Path(s.out_dir), anew="optimizer" not in (checkpoint or {})) if writes else nullcontext() as lock:
+        run = Run(s, meta, world, checkpoint)
+        run.lock = lock
+        steps = world.total(torch.tensor(run.progress.step, dtype=torch.float64)).item()
+        if steps != run.progress.step * world.size:  # by the sum at least one of them sees it
+            raise RunFailed(f"the processes read different checkpoints in out_dir={s.out_dir}: it must be on storage "
+                            "that all machines share")
+        announce(s, world, meta, run.model)
+        if not s.eval_only:
+            return fit(run, splits, s, world)
+        val_loss = evaluate(run.model, splits["val"], s, world)
+        world.say(f"validation loss {val_loss:.4f} ({val_loss * run.bits_per_byte:.4f} bits per byte)")
+        return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+
 def configure(argv):
     """The settings and, when resuming, the checkpoint that the command line asks for. Raises UserError."""
     s = override(Settings(), argv)
@@ -1651,30 +1687,6 @@ def configure(argv):
     check(s)
     sample.fit_gpt2(s, checkpoint)
     return s, checkpoint
-
-
-def resume(s, argv):
-    """The settings and the newest checkpoint in out_dir that is whole and fits the data and the command line."""
-    refused = None
-    for path in (Path(s.out_dir) / name for name in RUN_FILES[:2]):
-        try:
-            checkpoint = load_checkpoint(path)
-            model_from_checkpoint(checkpoint, path)
-            if "optimizer" not in checkpoint:
-                raise UserError(f"{path} has no optimizer state to go on from: train anew")
-            known = {f.name: convert(f, checkpoint["config"].get(f.name, f.default), path) for f in fields(Settings)}
-            # the run's own settings, but for where it lies now, and over them what is asked for now
-            settings = override(Settings(**known | dict(out_dir=s.out_dir)), argv)
-            check(settings)
-            check_continued(settings, checkpoint)
-        except UserError as error:
-            refused = error if os.path.exists(path) or refused is None else refused
-            continue
-        if refused:
-            tell(f"note: {refused}; going on from {path.name}, step {checkpoint['step']}", "stderr")
-        checkpoint["fell_back"] = refused is not None
-        return settings, checkpoint
-    raise refused
 
 
 def main(argv=None):

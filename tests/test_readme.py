@@ -1,6 +1,6 @@
-"""The README's commands run, its table of settings is the code's, and the files it names exist.
+"""The README's commands run, its tables of settings and sections are the code's, and the files it names exist.
 
-`python tests/test_readme.py` rewrites the table.
+`python tests/test_readme.py` rewrites the tables.
 """
 import dataclasses
 import http.server
@@ -39,10 +39,22 @@ def settings_table():
     return "\n".join(rows)
 
 
-def with_table(text):
-    """The README's text with the table of settings put between its two marks."""
-    return re.sub(r"(<!-- settings:[^\n]*-->\n).*?(<!-- end of settings -->)",
-                  lambda m: m[1] + settings_table() + "\n" + m[2], text, flags=re.DOTALL)
+def sections_table():
+    """The README's map of train.py: what each section defines, and how long it is."""
+    text = (ROOT / "train.py").read_text(encoding="utf-8")
+    rows = ["| section | lines | what it defines |", "|---|---|---|"]
+    for section in re.split(r"^# -{20,}\n# ", text, flags=re.MULTILINE)[1:]:
+        title, names = re.match(r"[^.:]+", section)[0], re.findall(r"^(?:def|class) (\w+)", section, flags=re.MULTILINE)
+        rows.append(f"| {title} | {section.count(chr(10))} | {', '.join(f'`{name}`' for name in names)} |")
+    return "\n".join([*rows, f"| all | {text.count(chr(10)):,} | |"])
+
+
+def with_tables(text):
+    """The README's text with both tables put between their marks."""
+    for name, table in (("settings", settings_table()), ("sections", sections_table())):
+        text = re.sub(rf"(<!-- {name}:[^\n]*-->\n).*?(<!-- end of {name} -->)",
+                      lambda m, table=table: m[1] + table + "\n" + m[2], text, flags=re.DOTALL)
+    return text
 
 
 def commands():
@@ -51,10 +63,10 @@ def commands():
     return [c.strip() for block in blocks for line in block.splitlines() for c in line.split("&&") if c.strip()]
 
 
-def test_settings_table_is_current():
+def test_tables_are_current():
     text = README.read_text(encoding="utf-8")
-    assert with_table(text) == text, "run: python tests/test_readme.py"
-    assert "`max_iters`" in text
+    assert with_tables(text) == text, "run: python tests/test_readme.py"
+    assert "| `max_iters` |" in text and "| Model |" in text and "`fit`" in text
 
 
 def test_named_files_exist():
@@ -136,4 +148,4 @@ def test_every_command_runs(newcomer, monkeypatch):
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
