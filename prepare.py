@@ -32,6 +32,7 @@ import shutil
 import sys
 import threading
 import time
+import unicodedata
 import zipfile
 import zlib
 from collections import deque
@@ -96,9 +97,9 @@ class UserError(Exception):
     """A mistake or a circumstance that the user can mend: shown as one line, without a traceback."""
 
 
-def near_match(value: str, options) -> str:
+def near_match(value: str, options, cutoff=0.6) -> str:
     """near_match("shakespear", CORPORA) -> "; did you mean shakespeare?", or "" where nothing is close."""
-    found = difflib.get_close_matches(value.lower(), list(options), n=1)
+    found = difflib.get_close_matches(value.lower(), list(options), 1, cutoff)
     return f"; did you mean {found[0]}?" if found else ""
 
 
@@ -180,10 +181,11 @@ class CharTokenizer(Tokenizer):
         """Raises UserError for a character that is not in the vocabulary."""
         for char in text:
             if char not in self.ids:
-                raise UserError(
-                    f"the character {char!r} (U+{ord(char):04X}) is not among the {self.vocab_size} of this tokenizer; "
-                    "leave it out, or prepare the data with --tokenizer=byte, which knows them all"
-                )
+                advice = "leave it out, or prepare the data with --tokenizer=byte, which knows them all"
+                if set(unicodedata.normalize("NFC", text)) <= self.ids.keys():
+                    advice = "its letters and their accents are apart: give them composed, in Unicode's form NFC"
+                known = f"the {self.vocab_size} of this tokenizer"
+                raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not among {known}; {advice}")
         return [self.ids[char] for char in text]
 
     def decode_bytes(self, ids) -> bytes:
@@ -594,7 +596,9 @@ def find_source(text: str) -> Source:
         return Source(path.name.partition("-")[2], shown, documents_in(path))
     path = Path(text)
     if not text or not path.exists():  # "", which is what an unset variable gives, is not the folder we are in
-        hint = near_match(text, CORPORA) or "; python prepare.py --help lists the corpora"
+        beside = [str(file) for file in path.parent.glob("*")] if path.parent.is_dir() else []
+        hint = near_match(text, beside, 0.8) or near_match(text, CORPORA)
+        hint = hint or "; python prepare.py --help lists the corpora"
         raise UserError(f"there is no file, folder or known corpus {text!r}{hint}")
     name = Path(os.path.abspath(path)).name or text
     return Source(name, name, documents_in(path))
@@ -777,7 +781,10 @@ def checked(document: Document, text_only: bool):
             yield chunk
             continue
         data, used = rest + chunk, len(rest) + len(chunk)
-        advice = "give --tokenizer=byte, which takes any bytes, or leave this file out"
+        advice = "save it as UTF-8, leave it out, or prepare it with --tokenizer=byte, which takes any bytes"
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{document.name} is UTF-16, not UTF-8: save it as UTF-8 "
+                            f"(iconv -f UTF-16 -t UTF-8 {document.name} > new.txt)")
         if b"\0" in data:
             raise UserError(f"{document.name} is not text: byte 0x00 at offset {offset + data.index(0)}; {advice}")
         if not data.isascii():
@@ -1150,7 +1157,10 @@ def prepare(sources: list[str], tokenizer_name: str, name: str | None, val_fract
     meta = build(target, documents, tokenizer, found, n_train, facts)
 
     vocabulary = f"a vocabulary of {meta['vocab_size']:,} {tokenizer_name} tokens"
-    print(f"{meta['corpus']}: {found.characters:,} characters, {vocabulary}")
+    files = f" in {len(documents):,} documents" * (len(documents) > 1)
+    print(f"{meta['corpus']}: {found.characters:,} characters{files}, {vocabulary}")
+    if "\r" in found.alphabet:
+        print(r"lines end in \r\n, as Windows writes them: the model will learn this too")
     for split in ("train", "val"):
         print(f"{target / split}.bin: {meta['tokens'][split]:,} tokens of {meta['dtype']}")
     config = "config/train_char_cpu.py" if target.name == tokenizer_name == "char" else f"--dataset={target.name}"

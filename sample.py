@@ -18,8 +18,8 @@
     python sample.py --help                                  # every setting, its default and its reason
 
 The model and its tokenizer come from the checkpoint that train.py wrote: out/best.pt, else out/ckpt.pt.
-Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabulary.
 """
+# Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabulary.
 import ast
 import codecs
 import contextlib
@@ -35,6 +35,7 @@ import time
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -130,6 +131,8 @@ def load(s, checkpoint=None):
 
     Raises UserError and prepare.UserError.
     """
+    if os.path.isdir(s.ckpt):
+        raise UserError(f"ckpt={s.ckpt} is a folder: --out_dir={s.ckpt} takes the best checkpoint in it")
     path = Path(s.ckpt or Path(s.out_dir) / "best.pt")
     if not s.ckpt and not os.path.exists(path):
         path = Path(s.out_dir) / "ckpt.pt"
@@ -348,6 +351,8 @@ class Continuation:
 def read_start(start):
     """The text that --start means. Raises UserError where it cannot be read."""
     if start != "-" and not start.startswith("FILE:"):
+        if os.path.isfile(start):
+            complain(f"note: this goes on from the name {start}; from the text in that file, --start=FILE:{start}")
         return start
     name = "standard input" if start == "-" else start.removeprefix("FILE:")
     try:
@@ -447,8 +452,8 @@ def measure(model, chunks):
 
 def score(s):
     """Print the loss, the perplexity and the bits per byte of a text. Raises UserError and prepare.UserError."""
-    if not os.path.isfile(s.score):
-        raise UserError(f"score: there is no file {s.score}: give the path of a text")
+    if not os.path.isfile(s.score) and not os.path.isdir(s.score):
+        raise UserError(f"score: there is no file {s.score}: give the path of a text, or of a folder of texts")
     model, tokenizer = load(s)
     place(model, s)
     size = 0
@@ -507,18 +512,44 @@ def save_picture(figure, target):
             temporary.unlink()
 
 
-def visible(text, space=" "):
+def visible(text):
     """Text in which line ends, tabs and what cannot be printed are one visible character each."""
+    joiners = "\u200c\u200d"  # without which an emoji falls into its parts, and Persian into its letters
     text = text.replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text).replace(" ", space)
+    return "".join(c if c.isprintable() or c in joiners else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+@cache
+def fonts():
+    """The fonts that matplotlib can draw with, as (family, FT2Font) pairs: its usual one, then those of the system."""
+    from matplotlib import font_manager
+    found, listed = {}, {entry.fname for entry in font_manager.fontManager.ttflist}
+    for path in [font_manager.findfont(font_manager.FontProperties()), *sorted(font_manager.findSystemFonts())]:
+        with contextlib.suppress(Exception):  # a font that cannot be read
+            font = font_manager.get_font(path)
+            if font.scalable:  # colour emoji are not, and cannot be drawn
+                found.setdefault(font.family_name, font)
+                if path not in listed:  # it was installed after matplotlib made its list
+                    font_manager.fontManager.addfont(path)
+    return list(found.items())
+
+
+@cache
+def font_of(character):
+    """The family of an installed font that has a character, or None."""
+    return next((name for name, font in fonts() if font.get_char_index(ord(character))), None)
 
 
 def drawable(text, longest=24):
-    """Text as a picture can show it: visible, not too long, and what the font lacks as its code: U+4E2D."""
-    from matplotlib import font_manager
-    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    """Text as a picture can show it: visible, not too long, and what no font has as its code: U+4E2D."""
     text = text if len(text) <= longest else text[:longest - 1] + "…"
-    return "".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in visible(text, "␣"))
+    text = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+    return "".join(c if c.isprintable() and font_of(c) else f"U+{ord(c):04X}" for c in text)
+
+
+def families(labels):
+    """The font families that draw these labels, for matplotlib's `fontfamily`."""
+    return list(dict.fromkeys([fonts()[0][0], *(font_of(c) for label in labels for c in label)]))
 
 
 def names(tokenizer, ids):
@@ -526,9 +557,11 @@ def names(tokenizer, ids):
     return [drawable(tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace")) or f"#{i}" for i in ids]
 
 
-def upright(labels):
-    """The angle at which labels fit below an axis: longer ones than a character stand upright."""
-    return 90 if any(len(label) > 1 for label in labels) else 0
+def label_below(axes, places, labels, **style):
+    """Put labels below an axis; those longer than a character stand upright."""
+    axes.set_xticks(places, labels, fontfamily=families(labels), parse_math=False, **style)
+    for tick in axes.get_xticklabels():
+        tick.set_rotation(90 if len(tick.get_text()) > 1 else 0)
 
 
 def read_log(folder):
@@ -555,13 +588,24 @@ def loss_figure(folders):
     figure, runs = new_figure(9, 6), [(folder, read_log(folder)) for folder in folders]
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter
+    # nats a token cannot be compared where tokens differ; bits a byte can
+    scales = [next((line["bits_per_byte"] / line["val_loss"] for line in lines if line.get("val_loss", 0) > 0
+                    and "bits_per_byte" in line), None) for _, lines in runs]
+    unit = "nats a token"
+    if None in scales or max(scales) < 1.001 * min(scales):
+        scales = [1.0] * len(runs)
+    else:
+        unit = "bits a byte, as the tokens differ"
     # a log of an earlier train.py has no tokens; then all are drawn by their steps
     x = "tokens" if all("tokens" in line for _, lines in runs for line in lines if line["step"]) else "step"
     losses, rates = figure.subplots(2, sharex=True, height_ratios=[5, 1])
-    ends = []
+    ends, shown = [], []
     for i, (folder, lines) in enumerate(runs):
-        curves = {key: ([line.get(x, 0) for line in lines if key in line], [line[key] for line in lines if key in line])
+        curves = {key: ([line.get(x, 0) for line in lines if key in line],
+                        [line[key] * (1 if key == "lr" else scales[i]) for line in lines if key in line])
                   for key in ("loss", "val_loss", "lr")}
+        shown += [y for key in ("loss", "val_loss") for at, y in zip(*curves[key], strict=True)
+                  if at >= curves[key][0][-1] / 20]
         style = dict(color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i % len(DASHES)])
         losses.plot(*curves["loss"], **style, linewidth=1, alpha=0.4)
         losses.plot(*curves["val_loss"], **style, marker=MARKERS[i % len(MARKERS)], markersize=5,
@@ -570,18 +614,19 @@ def loss_figure(folders):
         xs, ys = curves["val_loss" if curves["val_loss"][0] else "loss"]
         name = str(folder) if len(str(folder)) <= 24 else "…" + str(folder)[-23:]  # names of runs differ at the end
         ends.append((ys[-1], xs[-1], f"{min(ys):.4f} {drawable(name)}", style["color"]))
-    bottom, top = losses.get_ylim()
+    bottom, top = losses.get_ylim()[0], max(shown)  # the fall at the very beginning would flatten the rest
+    losses.set_ylim(top=(top := top + 0.05 * (top - bottom)))
     free = 0.0  # labels stand at their curves' ends, or above the label below
     for y, x_end, label, colour in sorted(ends):
         height = max((y - bottom) / (top - bottom), free)
         free = height + min(0.05, 1 / len(ends))
         losses.annotate(label, (x_end, y), (1.02, height), textcoords="axes fraction", color=colour, va="center",
-                        fontsize=9, parse_math=False,
+                        fontsize=9, fontfamily=families([label]), parse_math=False,
                         arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.6, relpos=(0, 0.5)))
     losses.legend(handles=[
         Line2D([], [], color="black", marker="o", markersize=5, label="validation, its best at the right"),
         Line2D([], [], color="black", linewidth=1, alpha=0.4, label="training")], loc="upper right")
-    losses.set_ylabel("loss, nats a token")
+    losses.set_ylabel(f"loss, {unit}")
     rates.set(ylabel="learning rate", xlabel="tokens seen" if x == "tokens" else "steps (optimizer updates)")
     rates.set_ylim(bottom=0)
     rates.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -594,7 +639,8 @@ def loss_figure(folders):
 def plot_losses(folders, target):
     """Draw the curves of runs, each a folder with a log.jsonl, into the PNG file `target`, whole or not at all.
 
-    Losses in nats a token over the tokens seen (over steps where a log does not have them), and the learning rate.
+    Losses in nats a token, or bits a byte where the runs' tokens differ, over the tokens seen (over steps where a log
+    does not have them), and the learning rate.
     Raises UserError where matplotlib or a log is missing, or the file cannot be written.
     """
     save_picture(loss_figure(folders), target)
@@ -647,10 +693,10 @@ def attention_figure(maps, labels):
     axes.set_facecolor(GREY)
     image = axes.imshow(mosaic.reshape(L * (T + 1), H * (T + 1))[:-1, :-1], cmap="Blues", vmin=0, vmax=1,
                         aspect="auto")
-    text = dict(fontsize=min(cell * 72 * 0.8, 10), parse_math=False)
+    size = min(cell * 72 * 0.8, 10)
     places = [i for i in range(max(L, H) * (T + 1)) if i % (T + 1) < T]
-    axes.set_xticks(places[:H * T], labels * H, rotation=upright(labels), **text)
-    axes.set_yticks(places[:L * T], labels * L, **text)
+    label_below(axes, places[:H * T], labels * H, fontsize=size)
+    axes.set_yticks(places[:L * T], labels * L, fontsize=size, fontfamily=families(labels), parse_math=False)
     beside = dict(textcoords="offset points", annotation_clip=False)
     for head in range(H):
         axes.annotate(f"head {head + 1}", (head * (T + 1) + (T - 1) / 2, -0.5), (0, 5), ha="center", **beside)
@@ -659,7 +705,8 @@ def attention_figure(maps, labels):
                       rotation=270, **beside)
     axes.tick_params(length=0)
     axes.set(xlabel="looks at this token", ylabel="from this token")
-    axes.set_title("Attention: each row is a token, and shows where it looks", pad=25)
+    axes.set_title("Attention: each row is a token, and shows where it looks" +
+                   f" (the last {T} tokens of the prompt)" * (T == TOKENS), pad=25)
     figure.colorbar(image, ax=axes, label="weight; each row sums to 1",
                     shrink=min(1, 3 / (L * (T + 1) * cell)))
     return figure
@@ -674,22 +721,27 @@ def probabilities(model, ids):
 def probability_figure(p, ids, tokenizer):
     """A Figure of probabilities (T, V) after each of the T ids: of what came next in them, and of what may come now."""
     figure = new_figure(9, 8)
+    from matplotlib.ticker import PercentFormatter
     first = max(1, len(ids) - TOKENS)
     came = p[range(first - 1, len(ids) - 1), ids[first:]].tolist()
     given, following = figure.subplots(2, height_ratios=[2 if came else 0.01, 5])
     labels = names(tokenizer, ids[first:])
     given.bar(range(len(came)), came, color=COLOURS[0])
-    given.set_xticks(range(len(came)), labels, rotation=upright(labels), parse_math=False)
-    given.set(ylabel="probability", ylim=(0, 1), title="How probable each token of the prompt was after those before")
+    label_below(given, range(len(came)), labels)
+    given.set(ylabel="probability", ylim=(0, 1), title="How probable each token of the prompt was after those before" +
+              f" (the last {TOKENS})" * (first > 1))
+    given.yaxis.set_major_formatter(PercentFormatter(1))
     values, likeliest = p[-1].topk(min(LIKELIEST, p.shape[1]))
-    bars = following.barh(range(len(values)), values.tolist(), color=COLOURS[0])
-    shares = ["< 0.1%" if value < 0.0005 else f"{value:.1%}" for value in values.tolist()]
-    following.bar_label(bars, shares, padding=3, fontsize=9)
-    following.set_yticks(range(len(values)), names(tokenizer, likeliest.tolist()), parse_math=False)
-    following.invert_yaxis()
-    following.set(xlabel="probability", title=f"What may come next: the {len(values)} likeliest tokens")
+    count = max(1, int((values >= 0.001).sum()))  # the rest would have bars of no length
+    bars = following.barh(range(count), values[:count].tolist(), color=COLOURS[0])
+    following.bar_label(bars, [f"{value:.1%}" for value in values[:count].tolist()], padding=3, fontsize=9)
+    labels = names(tokenizer, likeliest[:count].tolist())
+    following.set_yticks(range(count), labels, fontfamily=families(labels), parse_math=False)
+    following.set(xlabel="probability", title="What may come next" + f": the {count} likeliest tokens" * (count > 1))
+    following.xaxis.set_major_formatter(PercentFormatter(1))
     given.margins(x=0.01)
-    following.margins(x=0.1, y=0.02)
+    following.margins(x=0.1)
+    following.set_ylim(max(count, 5) - 0.5, -0.5)  # the likeliest on top, and one alone no wall
     if not came:
         given.remove()
     for axes in (given, following):
@@ -713,6 +765,10 @@ def show_picture(s):
     folder = Path(s.ckpt).parent if s.ckpt else Path(s.out_dir if s.init_from == "resume" else "")
     save_picture(figure, folder / f"{s.show}.png")
     show(f"{folder / s.show}.png\n")
+    text = writer.tokenizer.decode(ids[-TOKENS:])
+    if lacking := [c for c in dict.fromkeys(text) if c.isprintable() and not font_of(c)]:
+        complain(f"note: no font here can draw {' '.join(lacking)}, so codes stand for them: install one that can, but "
+                 "no colour font")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1174,10 +1230,12 @@ def run(s):
     if not s.interactive:
         return writer.write(starts)
     for line in typed_lines():
+        separates = s.num_samples == 1 and not sys.stdin.isatty()  # a person sees where the next line was typed
         try:
             writer.write([line])
         except prepare.UserError as error:  # an unknown character: the next line may be better
             complain(error)
+        show((SEPARATOR + "\n") * separates)
 
 
 def join_folders(argv):

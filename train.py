@@ -12,10 +12,10 @@
 
 Every run writes out/ckpt.pt (latest), out/best.pt (best validation loss), out/log.jsonl and, where matplotlib is
 installed, out/loss.png.
-A first reading of 600 lines: the sections Model, Optimizer, Schedule and evaluation, The loop, and window_starts.
-Shapes in comments: B batch, T time, C channels, H heads, D head size, V vocabulary. Everywhere `s` is the Settings of
-the run, `out` the Path of its folder, `split` a Split of the data.
 """
+# A first reading of 600 lines: the sections Model, Optimizer, Schedule and evaluation, The loop, and window_starts.
+# Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary. Everywhere `s` is the Settings of the run,
+# `out` the Path of its folder, `split` a Split of the data.
 import time
 
 LAUNCHED = time.monotonic()  # before the slow imports, because the time a user waits begins here
@@ -31,6 +31,8 @@ import operator
 import os
 import pickletools
 import re
+import shlex
+import shutil
 import signal
 import struct
 import sys
@@ -185,11 +187,13 @@ def read_config(path):
         tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         near = difflib.get_close_matches(str(path), [p.as_posix() for p in Path("config").rglob("*.py")], 1)
-        hint = f"did you mean {near[0]}?" if near else "flags are written --key=value, config files end in .py"
+        flags_and_files = 'flags are written --key=value, a prompt --start="...", config files end in .py'
+        hint = f"did you mean {near[0]}?" if near else flags_and_files
         raise UserError(f"cannot read config file {path} ({error.strerror}): {hint}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f"{path}:{getattr(error, 'lineno', None) or 1}"
-        raise UserError(f"{where}: not a config file: write one `key = value` a line") from None
+        hint = "" if str(path).endswith(".py") else f"; a text goes to `python prepare.py {path}`"
+        raise UserError(f"{where}: not a config file: write one `key = value` a line{hint}") from None
     found = []
     for node in tree.body:
         where = f"{path}:{node.lineno}"
@@ -273,12 +277,13 @@ def override(settings, argv):
 
 
 def describe(cls):
-    """The text of --help: one line a setting."""
+    """The text of --help: each setting with its default, type and reason, as wide as the terminal."""
     lines = []
     for spec in fields(cls):
         choices = ", ".join(filter(None, spec.metadata["choices"]))
-        lines.append(f"  {f'--{spec.name}={spec.default}':<32} {spec.type.__name__:<6}{spec.metadata['reason']}" +
-                     f": {choices}" * bool(choices))
+        line = f"  {f'--{spec.name}={spec.default}':<32} {spec.type.__name__:<6}{spec.metadata['reason']}"
+        lines.append(textwrap.fill(line + f": {choices}" * bool(choices), max(80, shutil.get_terminal_size().columns),
+                                   subsequent_indent=" " * 41, break_long_words=False, break_on_hyphens=False))
     return "\n".join(lines)
 
 
@@ -656,6 +661,9 @@ def read_meta(s):
     """The folder of a dataset and its meta.json as a dict. Raises UserError when it is missing or damaged."""
     folder = Path(s.dataset) if "/" in s.dataset or os.sep in s.dataset else Path("data") / s.dataset
     path = folder / "meta.json"
+    if os.path.isfile(folder):
+        raise UserError(f"dataset={s.dataset} is a file, not yet tokens: run `python prepare.py {s.dataset} "
+                        "--name=mine`, then --dataset=mine")
     try:
         meta = json.loads(plain(path).read_text(encoding="utf-8"))
         dict(meta["tokenizer"]), str(meta["corpus"])
@@ -674,8 +682,10 @@ def read_meta(s):
         for key in {"corpus", "note"} & meta.keys():  # shown to people: without what would command their terminal
             meta[key] = "".join(filter(str.isprintable, str(meta[key])))
     except FileNotFoundError:
-        name = dict(char="", fineweb=" fineweb").get(s.dataset, f" --name={s.dataset}")
-        raise UserError(f"no data in {folder}: run `python prepare.py{name}` first") from None
+        near = difflib.get_close_matches(folder.name, [p.parent.name for p in folder.parent.glob("*/meta.json")], 1)
+        text = dict(char="", fineweb=" fineweb", gpt2=" --tokenizer=gpt2").get(s.dataset, f" TEXT --name={s.dataset}")
+        hint = f"did you mean --dataset={near[0]}? Else " if near else ""
+        raise UserError(f"no data in {folder}: {hint}run `python prepare.py{text}` first") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is not a meta.json that prepare.py wrote: run prepare.py again") from None
     return folder, meta
@@ -788,10 +798,10 @@ def training_batch(split, s, first, count, device):
 
 def check_data(s, splits, meta):
     """Refuse settings that do not fit the data. Raises UserError."""
-    for split in splits.values():
-        if split.count <= s.block_size:
-            raise UserError(f"block_size={s.block_size} is longer than {split.path} ({split.count:,} tokens): "
-                            f"for example --block_size={max(1, split.count // 8)}, or prepare more text")
+    split = min(splits.values(), key=lambda split: split.count)
+    if split.count <= s.block_size:
+        raise UserError(f"block_size={s.block_size} is not shorter than {split.path} ({split.count:,} tokens): "
+                        f"for example --block_size={max(1, split.count // 2)}, or prepare more text")
     if s.vocab_size < meta["vocab_size"]:
         raise UserError(f"vocab_size={s.vocab_size} is less than the data's {meta['vocab_size']}: leave it out")
 
@@ -877,9 +887,10 @@ def join_world(s):
             raise RuntimeError("not one that train.py knows")
         torch.zeros(1, device=device)  # the surest test that it is there
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise UserError(f"device={name} cannot be used here ({reason}; {gpus} CUDA devices are seen): "
-                        "use --device=auto, cpu, cuda or mps, with one process a GPU") from None
+        reason = "no such device" if "Expected one of" in str(error) else str(error).splitlines()[0][:100]
+        fewer = f", or start at most {gpus} processes" * (0 < gpus < size_here)
+        raise UserError(f"device={name} cannot be used here ({reason}; {gpus} CUDA devices are seen): use "
+                        f"--device=auto, which takes what there is of cuda, mps and cpu{fewer}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TensorFloat-32 where float32 is asked for
@@ -931,8 +942,8 @@ def compile_model(model, s):
     """`model` compiled and tried once forward and backward, or `model` itself, with a note, when that fails."""
     try:
         fast = torch.compile(model, dynamic=False)
-        idx = torch.zeros(s.batch_size, s.block_size, dtype=torch.long, device=model.wte.weight.device)
-        fast(idx, idx)[1].backward()
+        tokens = torch.zeros(s.batch_size, s.block_size + 1, dtype=torch.long, device=model.wte.weight.device)
+        fast(tokens[:, :-1], tokens[:, 1:])[1].backward()  # strides as in training, or it would be compiled again
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler can do wrong, training works without it
@@ -1084,7 +1095,7 @@ def load_checkpoint(path):
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except Exception:  # zipfile and torch.load raise many kinds for a damaged or a hostile file
         raise UserError(f"{path} is damaged, or not a checkpoint of this version of train.py (nothing in it was run): "
-                        "name another with --out_dir, or train anew") from None
+                        "name another, or train anew") from None
 
 
 def model_from_checkpoint(checkpoint, path="checkpoint"):
@@ -1340,15 +1351,16 @@ def announce(s, world, meta, model):
     parts, tokens = model.parameters_by_part(), s.batch_size * s.gradient_accumulation_steps * s.block_size
     counted = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count)
     train_tokens, val_tokens = meta["tokens"]["train"], meta["tokens"]["val"]
-    epochs, dtype = s.max_iters * tokens / train_tokens, str(model.compute_dtype).removeprefix("torch.")
-    changed = " ".join(f"{f.name}={getattr(s, f.name)}" for f in fields(s) if getattr(s, f.name) != f.default)
+    epochs, dtype = round(s.max_iters * tokens / train_tokens, 1), str(model.compute_dtype).removeprefix("torch.")
+    usual = asdict(Settings(vocab_size=meta["vocab_size"]))
+    changed = " ".join(f"{key}={value}" for key, value in asdict(s).items() if value != usual[key])
     for line in (
         f"corpus     {meta['corpus']}: {train_tokens:,} training and {val_tokens:,} validation tokens",
         *([f"           {meta['note']}"] if "note" in meta else []),
         f"settings   {changed}",
         f"model      {sum(parts.values()):,} parameters: {counted}",
         f"hardware   {world.device}, {dtype}, {world.size} process{'es' * (world.size > 1)}",
-        f"work       {s.max_iters:,} steps of {tokens:,} tokens, {epochs:.1f} epochs",
+        f"work       {s.max_iters:,} steps of {tokens:,} tokens, {epochs or 'under 0.1'} epochs",
     ):
         world.say(textwrap.fill(line, 80, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False))
 
@@ -1438,8 +1450,9 @@ def draw_losses(out, world):
     """Keep out_dir/loss.png current, where matplotlib is installed; sample.py --plot, which compares runs, draws it."""
     if world.rank == 0 and importlib.util.find_spec("matplotlib"):
         try:
-            import sample
-            sample.plot_losses([out], out / "loss.png")
+            if (out / "log.jsonl").stat().st_size:  # a run may stop before its first line
+                import sample
+                sample.plot_losses([out], out / "loss.png")
         except Exception as error:  # a picture is never worth a run
             tell(f"note: {out / 'loss.png'} could not be drawn: {' '.join(str(error).split())[:100]}", "stderr")
 
@@ -1455,13 +1468,10 @@ def show_progress(world, what, done, total, began):
 def farewell(s, world, run, stop, stopping):
     """The run in a line or two, after its end. Returns the exit status."""
     progress, best = run.progress, run.progress.best_val_loss
-    folder = "" if s.out_dir == "out" else f" --out_dir={s.out_dir}"
+    folder = "" if s.out_dir == "out" else f" --out_dir={shlex.quote(s.out_dir)}"
     if stopping:
         world.say(f"stopped at step {progress.step}, all is saved; go on: python train.py --init_from=resume{folder}")
         return 128 + (stop.number or signal.SIGTERM)  # if another process got the signal
-    if not progress.best_step:
-        world.say(f"nothing to do: step {progress.step} of {s.max_iters} is done")
-        return 0
     world.say(f"best validation loss {best:.4f} ({best * run.bits_per_byte:.4f} bits per byte) at step "
               f"{progress.best_step}, in {Path(s.out_dir) / 'best.pt'}\nto hear it: python sample.py{folder}")
     return 0
@@ -1658,6 +1668,10 @@ def train(s, world, checkpoint=None):
         if steps != run.progress.step * world.size:  # by the sum at least one of them sees it
             raise RunFailed(f"the processes read different checkpoints in out_dir={s.out_dir}: it must be on storage "
                             "that all machines share")
+        if run.progress.step >= s.max_iters and not s.eval_only:
+            world.say(f"nothing to do: step {run.progress.step} of {s.max_iters} is done; for more, "
+                      f"--max_iters={2 * run.progress.step}")
+            return 0
         announce(s, world, meta, run.model)
         if not s.eval_only:
             return fit(run, splits, s, world)

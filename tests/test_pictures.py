@@ -113,7 +113,13 @@ def test_damaged_lines_are_left_out_and_the_line_of_step_0_is_not(tmp_path):
     assert validation.get_xydata()[0].tolist() == [0, 4.0]
 
 
-def test_runs_differ_in_more_than_colour_and_each_has_its_name_at_its_end(tmp_path):
+@pytest.fixture
+def no_chinese(monkeypatch):
+    """Whatever fonts are installed, none has Chinese."""
+    monkeypatch.setattr(sample, "font_of", lambda character: None if character == "中" else sample.fonts()[0][0])
+
+
+def test_runs_differ_in_more_than_colour_and_each_has_its_name_at_its_end(tmp_path, no_chinese):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
     names = [log(tmp_path / f"_run $x_{i}$ 中😀", run_of(1 + i / 10)) for i in range(6)]
@@ -127,6 +133,22 @@ def test_runs_differ_in_more_than_colour_and_each_has_its_name_at_its_end(tmp_pa
     boxes = [Text.get_window_extent(label) for label in labels]  # an annotation's own includes its line
     assert all(a.y1 <= b.y0 + 1 for a, b in zip(boxes, boxes[1:], strict=False)), "labels lie over each other"
     assert all(box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes), "a label is cut off"
+
+
+def test_runs_of_different_tokens_are_compared_in_bits_a_byte(tmp_path):
+    runs = [[line | dict(bits_per_byte=line["val_loss"] and line["val_loss"] * scale) for line in run_of()]
+            for scale in (1.5, 0.5)]
+    figure = sample.loss_figure([tmp_path / log(tmp_path / f"out-{i}", lines) for i, lines in enumerate(runs)])
+    axes, best = figure.axes[0], min(line["val_loss"] for line in run_of() if line["val_loss"])
+    assert "bits a byte" in axes.get_ylabel()
+    shown = sorted(float(label.get_text().split()[0]) for label in axes.texts)
+    assert shown == pytest.approx([best * 0.5, best * 1.5], abs=1e-4)
+    same = sample.loss_figure([tmp_path / log(tmp_path / f"out-{i}", runs[0]) for i in (3, 4)])
+    assert "nats a token" in same.axes[0].get_ylabel()
+
+
+def test_joined_emoji_stay_whole_in_a_line():
+    assert sample.visible("🧑‍💻 a\0\n") == "🧑‍💻 a�⏎"
 
 
 @pytest.mark.parametrize("lines", [run_of()[:1], run_of()[1:2], [dict(step=0, val_loss=2.0)]], ids=str)
@@ -277,10 +299,12 @@ def test_a_text_of_dollars_is_no_formula():
     assert len(ticks) == 3 + 5 + 4 + 4 and not any(text.get_parse_math() for text in ticks)
 
 
-def test_names_can_be_seen_and_drawn():
+def test_names_can_be_seen_and_drawn(no_chinese):
     tokenizer = prepare.tokenizer_from_spec(CHAR_SPEC)
     assert sample.names(tokenizer, [0, 1, 2, CHARS.index("€")]) == ["⏎", "␣", "a", "€"]
-    assert sample.names(prepare.tokenizer_from_spec({"kind": "byte"}), [65, 9, 0, 0xE4]) == ["A", "⇥", "�", "\\xe4"]
+    tokenizer = prepare.tokenizer_from_spec({"kind": "byte"})
+    assert sample.names(tokenizer, [65, 9, 0, 0xE4]) == ["A", "⇥", "U+0000", "\\xe4"]
+    assert sample.drawable("\u200d") == "U+200D"
     assert sample.drawable("中 x") == "U+4E2D␣x" and len(sample.drawable("a" * 99)) < 30
 
 

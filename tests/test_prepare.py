@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import zipfile
 from fractions import Fraction
 from pathlib import Path
@@ -873,6 +874,23 @@ def assert_pydocs_stood_in(capsys):
     assert meta["corpus"] == "pydocs" and meta["note"] in line
     assert decoded("char").startswith(b'The "assert" statement')
     return line
+
+
+def test_what_a_text_has_of_windows_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_bytes("ᾄb\r\n".encode() * 50)
+    Path("b.txt").write_bytes("ᾄb\n".encode() * 50)
+    assert prepare.main(["a.txt"]) == 0 and r"\r\n" in capsys.readouterr().out
+    assert prepare.main(["b.txt", "a.txt", "--tokenizer=byte"]) == 0 and "in 2 documents" in capsys.readouterr().out
+    assert prepare.main(["b.txt"]) == 0 and r"\r" not in capsys.readouterr().out
+
+
+def test_a_decomposed_text_is_recognized():
+    tokenizer = prepare.CharTokenizer("bᾄ")
+    with pytest.raises(prepare.UserError, match="NFC"):
+        tokenizer.encode(unicodedata.normalize("NFD", "bᾄ"))
+    with pytest.raises(prepare.UserError, match="leave it out"):
+        tokenizer.encode("z")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])

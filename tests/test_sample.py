@@ -469,6 +469,14 @@ def test_interactive_goes_on_from_each_line_and_survives_an_unknown_character(fo
     assert sample.main(["--interactive", "--temperature=0", "--max_new_tokens=5", "--device=cpu"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("abc") and "xyz" in out and err.count("\n") == 1 and "'Q'" in err
+    assert out.count(sample.SEPARATOR) == 4, "an answer to each line, told apart also where nobody sees the lines"
+
+
+def test_a_start_that_is_a_file_s_name_is_pointed_out(folder, capsys):
+    (folder / "abc").write_text("xyz", encoding="utf-8")
+    assert sample.main(["--start=abc", "--max_new_tokens=2", "--device=cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("abc") and err.count("\n") == 1 and "--start=FILE:abc" in err
 
 
 def test_best_comes_before_latest_and_a_named_checkpoint_before_both(write, folder):
@@ -505,7 +513,7 @@ MISTAKES = [
     (["--out_dir=" + "x" * 5000], ["cannot read checkpoint"]),
     (["--ckpt=lost.pt"], ["no checkpoint at lost.pt"]),
     (["--ckpt=text.txt"], ["text.txt", "not a checkpoint"]),
-    (["--ckpt=out"], ["cannot read checkpoint out"]),
+    (["--ckpt=out"], ["ckpt=out is a folder", "--out_dir=out"]),
     (["--start=FILE:lost.txt"], ["lost.txt", "No such file", "--start=FILE:"]),
     (["--start=FILE:out"], ["out", "it is a folder"]),
     (["--start=FILE:"], ["cannot read", "--start=FILE:"]),

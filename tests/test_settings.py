@@ -1,5 +1,6 @@
 """Settings: what files and flags mean, and that every mistake is one line that names it."""
 import os
+import re
 import subprocess
 import sys
 import time
@@ -204,7 +205,8 @@ def test_every_config_file_loads(path):
 
 
 def test_help_tells_every_setting_with_its_default_and_reason(project):
-    lines = {line.split("=")[0].strip(): line for line in project.train("--help").out.splitlines() if "=" in line}
+    entries = re.split(r"\n  (?=--)", project.train("--help").out)[1:]
+    lines = {entry.split("=")[0]: " ".join(entry.split()) for entry in entries}
     for spec in fields(train.Settings):
         line = lines[f"--{spec.name}"]
         assert f"--{spec.name}={spec.default}" in line

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 from collections import OrderedDict
@@ -589,6 +590,19 @@ def test_without_a_compiler_training_goes_on(project, monkeypatch, how):
     assert same(state(project), state(project, "plain"))
 
 
+def test_a_run_that_is_done_says_so(project):
+    project.train()
+    before = project.files()
+    out, err = project.train("--init_from=resume")
+    assert err == "" and out.startswith("nothing to do: step 20 of 20") and "--max_iters=40" in out
+    assert project.files() == before
+
+
+def test_what_to_type_next_can_be_typed(project):
+    line = project.train("--out_dir=a b").out.splitlines()[-1]
+    assert shlex.split(line.split(": ")[1])[-1] == "--out_dir=a b"
+
+
 @pytest.fixture
 def compiled(project, monkeypatch):
     """A run that is compiled, and what it leaves behind in this process forgotten."""
@@ -603,8 +617,11 @@ def compiled(project, monkeypatch):
         for line, plain in zip(project.log(), project.log("plain"), strict=True):
             assert line["loss"] == pytest.approx(plain["loss"], abs=1e-3)
         assert line["val_loss"] == pytest.approx(plain["val_loss"], abs=1e-3)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one for training, one for evaluation"
         project.train(*argv, "--init_from=resume", "--max_iters=6")
 
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield run
     torch._dynamo.reset()
 
