@@ -228,7 +228,6 @@ def main(argv=None):
         shape = shape_of(args.size)
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.path.insert(0, str(ROOT))
     if args.worker:
         worker(args.worker, args, extra)
