@@ -137,6 +137,19 @@ def run(command, monkeypatch):
     return prepare.main(args)
 
 
+def test_every_command_is_understood(monkeypatch):
+    """Also those that need GPUs, a network or minutes, wherever in the README they stand."""
+    monkeypatch.chdir(ROOT)
+    found = re.findall(r"\b(?:python|torchrun)\b[^`\n]*?\b(prepare|train|sample)\.py((?: [^`|;&\n]*)?)",
+                       README.read_text(encoding="utf-8"))
+    understand = dict(prepare=prepare.parse, train=lambda argv: train.override(train.Settings(), argv),
+                      sample=lambda argv: train.override(sample.Settings(), sample.join_folders(argv)))
+    for script, words in found:
+        if "--help" not in words and "[" not in words:
+            understand[script]([word for word in shlex.split(words) if word != "..."])
+    assert len(found) > 40
+
+
 def test_every_command_runs(newcomer, monkeypatch):
     ran = []
     for command in commands():
