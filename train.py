@@ -554,6 +554,11 @@ def is_sharded(x):
     return hasattr(x, "full_tensor")
 
 
+def local(x):
+    """The part of tensor x that this process holds: all of it, unless it is sharded."""
+    return x.to_local() if is_sharded(x) else x
+
+
 def whole(x):
     """Tensor x, gathered from all processes if it is sharded."""
     return x.full_tensor() if is_sharded(x) else x
@@ -582,24 +587,25 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        alike = {}  # (shape up to transposition, chunks) -> [(parameter, its update, group)]
+        """One update, which is left in the gradients' place."""
+        alike = {}  # (shape up to transposition, chunks) -> [(parameter, group)]
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-            grads, means = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+            grads, means = [local(p.grad) for p in params], [local(self.state[p]["momentum"]) for p in params]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, means, group["momentum"])
-            for p, update in zip(params, updates, strict=True):
+            torch._foreach_lerp_(grads, means, group["momentum"])
+            for p in params:
                 key = *sorted((p.shape[0] // group["chunks"], p.shape[1])), group["chunks"]
-                alike.setdefault(key, []).append((p, update, group))
+                alike.setdefault(key, []).append((p, group))
         for (_, longer, chunks), entries in alike.items():
             at_once = dist.get_world_size() if is_sharded(entries[0][0]) else len(entries)  # sharded ones are gathered
             for first in range(0, len(entries), at_once):
                 some = entries[first:first + at_once]
-                updates = orthogonalize_together([whole(update) for _, update, _ in some], chunks, self.dtype)
-                for (p, _, group), update in zip(some, updates, strict=True):
+                updates = orthogonalize_together([whole(p.grad) for p, _ in some], chunks, self.dtype)
+                for (p, group), update in zip(some, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(laid_out_like(p, update), alpha=-group["lr"] * 0.2 * math.sqrt(longer))
 
