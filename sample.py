@@ -688,7 +688,7 @@ def attention_figure(maps, labels):
     figure = new_figure(max(7, H * (T + 1) * cell + 2.2), L * (T + 1) * cell + 1.6)
     # one image with grey gaps, because hundreds of axes would take minutes
     mosaic = np.full((L, T + 1, H, T + 1), np.nan, np.float32)
-    mosaic[:, :T, :, :T] = maps.permute(0, 2, 1, 3)
+    mosaic[:, :T, :, :T] = maps.permute(0, 2, 1, 3).numpy()
     axes = figure.subplots()
     axes.set_facecolor(GREY)
     image = axes.imshow(mosaic.reshape(L * (T + 1), H * (T + 1))[:-1, :-1], cmap="Blues", vmin=0, vmax=1,

@@ -114,7 +114,7 @@ TRAIN = [
     ("--out_dir=good.txt", ["good.txt", "--out_dir"]),
     ("--out_dir=good.txt/out", ["good.txt/out", "--out_dir"]),
     (f"--out_dir={LONG}", [LONG[:100], "--out_dir"]),
-    ("null.py --max_iters=1", ["out_dir", "null byte"]),
+    ("null.py --max_iters=1", ["out_dir", "null"]),
     ("missing.py", ["missing.py", "config"]),
     ("hollow", ["hollow", "config"]),
     ("out/ckpt.pt", ["ckpt.pt:1", "key = value"]),
