@@ -782,7 +782,7 @@ def checked(document: Document, text_only: bool):
             continue
         data, used = rest + chunk, len(rest) + len(chunk)
         advice = "save it as UTF-8, leave it out, or prepare it with --tokenizer=byte, which takes any bytes"
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise UserError(f"{document.name} is UTF-16, not UTF-8: save it as UTF-8 "
                             f"(iconv -f UTF-16 -t UTF-8 {document.name} > new.txt)")
         if b"\0" in data:
@@ -1160,7 +1160,7 @@ def prepare(sources: list[str], tokenizer_name: str, name: str | None, val_fract
     files = f" in {len(documents):,} documents" * (len(documents) > 1)
     print(f"{meta['corpus']}: {found.characters:,} characters{files}, {vocabulary}")
     if "\r" in found.alphabet:
-        print(r"lines end in \r\n, as Windows writes them: the model will learn this too")
+        print(r"\r is among them, as in Windows' line ends \r\n: the model will learn it too")
     for split in ("train", "val"):
         print(f"{target / split}.bin: {meta['tokens'][split]:,} tokens of {meta['dtype']}")
     config = "config/train_char_cpu.py" if target.name == tokenizer_name == "char" else f"--dataset={target.name}"

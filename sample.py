@@ -520,11 +520,18 @@ def visible(text):
 
 
 @cache
-def fonts():
-    """The fonts that matplotlib can draw with, as (family, FT2Font) pairs: its usual one, then those of the system."""
+def usual_font():
+    """matplotlib's own choice of a font, as an FT2Font."""
+    from matplotlib import font_manager
+    return font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+
+
+@cache
+def other_fonts():
+    """The system's fonts that matplotlib can draw with, as (family, FT2Font) pairs."""
     from matplotlib import font_manager
     found, listed = {}, {entry.fname for entry in font_manager.fontManager.ttflist}
-    for path in [font_manager.findfont(font_manager.FontProperties()), *sorted(font_manager.findSystemFonts())]:
+    for path in sorted(font_manager.findSystemFonts()):
         with contextlib.suppress(Exception):  # a font that cannot be read
             font = font_manager.get_font(path)
             if font.scalable:  # colour emoji are not, and cannot be drawn
@@ -537,7 +544,9 @@ def fonts():
 @cache
 def font_of(character):
     """The family of an installed font that has a character, or None."""
-    return next((name for name, font in fonts() if font.get_char_index(ord(character))), None)
+    if usual_font().get_char_index(ord(character)):
+        return usual_font().family_name  # without opening all the others, which a run's picture never needs
+    return next((name for name, font in other_fonts() if font.get_char_index(ord(character))), None)
 
 
 def drawable(text, longest=24):
@@ -549,7 +558,7 @@ def drawable(text, longest=24):
 
 def families(labels):
     """The font families that draw these labels, for matplotlib's `fontfamily`."""
-    return list(dict.fromkeys([fonts()[0][0], *(font_of(c) for label in labels for c in label)]))
+    return list(dict.fromkeys([usual_font().family_name, *(font_of(c) for label in labels for c in label)]))
 
 
 def names(tokenizer, ids):

@@ -1661,6 +1661,8 @@ def train(s, world, checkpoint=None):
     """Train as the settings say, from a checkpoint's state if one is given. Returns the exit status."""
     folder, meta = read_meta(s)
     splits = {name: Split(folder, name, meta) for name in ("train", "val")}
+    if checkpoint and meta["tokenizer"] != checkpoint["tokenizer"]:
+        raise UserError(f"dataset={s.dataset} was replaced a moment ago, by one of another tokenizer: resume again")
     if checkpoint and checkpoint.get("data", text_of(meta)) != text_of(meta) and world.rank == 0:
         tell(f"note: dataset={s.dataset} is not the text, or not the split of it, that the checkpoint was trained on",
              "stderr")

@@ -278,6 +278,22 @@ def test_a_damaged_log_stops_no_resume(trained, line):
     assert project.train(*RESUME).err == "" and project.checkpoint()["step"] == 30
 
 
+def test_a_data_folder_replaced_while_a_run_resumes_is_noticed(trained, monkeypatch):
+    """After its tokenizer was compared with the checkpoint's and before the tokens are opened."""
+    project, _ = trained
+    real = train.join_world
+
+    def join_world(s):
+        project.dataset("tiny", project.text.replace("e", "E"))
+        return real(s)
+
+    monkeypatch.setattr(train, "join_world", join_world)
+    project.capsys.readouterr()
+    assert train.main([*TINY, *RESUME]) == 2
+    line = project.capsys.readouterr().err
+    assert line.count("\n") == 1 and "tokenizer" in line and project.checkpoint()["step"] == 20
+
+
 @pytest.mark.parametrize("change", ["text", "split"])
 def test_going_on_with_another_text_of_the_same_letters_is_said(trained, change):
     project, _ = trained
