@@ -8,3 +8,4 @@ n_embd = 384
 dropout = 0.2  # a million characters are few for this size: without it the model learns them by heart
 max_iters = 2000
 eval_interval = 250
+compile = False  # would take longer than the run

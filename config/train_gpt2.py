@@ -9,8 +9,10 @@ architecture are said to need a third to a quarter of them). 6 x 124M x 2.49 bil
 at 40 % of an H100's 989 TFLOPS: 1.3 hours on one GPU, 10 minutes on eight, at $2.5 per GPU-hour $3.3 on either.
 """
 dataset = "fineweb"
-size = "gpt2"
-tied_head = True  # untied, the head would add 39M parameters
+n_layer = 12
+n_head = 12
+n_embd = 768
+tie_weights = True  # untied, the head would add 39M parameters
 ngram = 1  # n-gram tables may help here too (arXiv 2501.16975 says so); not tried at this size
 vocab_multiple = 64  # 50,257 rows become 50,304, which GPUs multiply faster
 block_size = 1024
@@ -19,7 +21,7 @@ gradient_accumulation_steps = 16
 learning_rate = 2e-3
 beta2 = 0.95
 warmup_iters = 250
-decay_share = 0.4
+cooldown_frac = 0.4
 max_iters = 4750
 eval_interval = 250
 eval_iters = 320  # 10 million tokens, as many as llm.c's and modded-nanogpt's losses are over
