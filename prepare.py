@@ -60,6 +60,7 @@ def did_you_mean(value, options, cutoff=0.6):
 
 
 class Tokenizer:
+    """What the three kinds share. tokenizer_from_spec(tokenizer.spec) makes an equal one."""
     eot = None  # the id of <|endoftext|>
     separator = b"\n\n"  # between documents
 
@@ -102,8 +103,7 @@ class CharTokenizer(Tokenizer):
 
 class ByteTokenizer(Tokenizer):
     """One token per byte, of any file."""
-    spec = {"kind": "byte"}
-    vocab_size = 256
+    spec, vocab_size = {"kind": "byte"}, 256
 
     def encode_chunk(self, chunk):
         return np.frombuffer(chunk, np.uint8)
@@ -129,7 +129,7 @@ class BPETokenizer(Tokenizer):
 
     def encode_chunk(self, chunk):
         return self.encoding.encode_to_numpy(chunk.decode(errors="replace"), allowed_special={EOT},
-                                             disallowed_special=())
+                                             disallowed_special=())  # any other is ordinary text
 
     def encode_stream(self, chunks):
         pending = []
@@ -265,7 +265,7 @@ def documents_in(source, tries=4):
                 documents += documents_in(file)
         return documents
     if not path.is_file():
-        raise UserError(f"no file, folder or corpus {source!r}{did_you_mean(str(source), CORPORA)}")
+        raise UserError(f"no file, folder or corpus {str(source)!r}{did_you_mean(str(source), CORPORA)}")
     if path.suffix.lower() == ".zip" and zipfile.is_zipfile(path):
         members = sorted(name for name in zipfile.ZipFile(path).namelist() if not name.endswith("/"))
         return [(f"{path}:{member}", partial(read_file, path, member)) for member in members]
@@ -408,7 +408,7 @@ def prepare(sources, kind, name, val_fraction):
         raise UserError(f"{characters:,} characters are too few for --val_fraction={val_fraction}")
     if kind == "char":
         tokenizer = CharTokenizer(alphabet)
-    names = [source if "://" in source else Path(source).resolve().name for source in sources]
+    names = [re.sub("//[^/]*@", "//", s) if "://" in s else Path(s).resolve().name for s in sources]
     meta = {"format": 1, "corpus": ", ".join(Path(name).name for name in names[:3]), "source": names,
             "corpus_sha256": sha256, "characters": characters, "tokenizer": tokenizer.spec,
             "vocab_size": tokenizer.vocab_size, **note}

@@ -948,7 +948,7 @@ def train(s, world, datasets, meta, checkpoint):
     raw_model, optimizers, scaler, progress = init_run(s, world, checkpoint)
     print0(f"{meta['corpus']}: {datasets['train'].size:,} training and {datasets['val'].size:,} validation tokens")
     print0(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {world.size} x {world.device}, "
-           f"{raw_model.compute_dtype}. {meta.get('note', '')}")
+           f"{raw_model.compute_dtype} {meta.get('note', '')}")
     compiled = raw_model
     if s.compile == "True" or s.compile == "auto" and world.device.type == "cuda":
         torch._dynamo.config.suppress_errors = True  # runs uncompiled where there is no compiler

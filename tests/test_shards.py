@@ -1,4 +1,4 @@
-"""A dataset of many shards: FineWeb's are fetched and checked, and are read as if they were one file.
+"""A dataset of many shards: FineWeb's are downloaded and checked, and are read as if they were one file.
 
 A loopback server stands in for the hub, and an encoding of 257 tokens for GPT-2's.
 """
@@ -13,7 +13,6 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ import train
 tiktoken = pytest.importorskip("tiktoken")
 HEADER = 1024
 EOT = 256
+SHARDS = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, 6))]
 # The command with the small encoding, for a process of its own.
 COMMAND = """
 import sys, tiktoken, prepare
@@ -60,7 +60,7 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.shards = {name: shard(tokens_of(n)) for n, name in enumerate(prepare.SHARDS[:6])}
+        self.shards = {name: shard(tokens_of(n)) for n, name in enumerate(SHARDS)}
         self.asked, self.cut, self.pause = [], None, 0
 
     def handle_error(self, *args):
@@ -83,6 +83,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         body, asked = hub.shards[name], re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
+        if start == len(body):
+            return self.send_error(416)
         self.send_response(206 if asked else 200)
         if asked:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -98,7 +100,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "RETRY_SECONDS", (0, 0, 0))
+    monkeypatch.setattr(prepare, "RETRY_SECONDS", 0)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -119,10 +121,10 @@ def fineweb(*argv, status=0):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def assert_whole(shards):
-    """data/fineweb/ holds that many training shards and the validation shard, once, and its meta.json is right."""
+def assert_complete(shards):
+    """data/fineweb/ holds that many training shards and the validation shard, and its meta.json is right."""
     meta = json.loads(Path("data/fineweb/meta.json").read_text(encoding="utf-8"))
-    names = prepare.SHARDS[:shards + 1]
+    names = SHARDS[:shards + 1]
     assert [[f["name"] for f in meta["files"][split]] for split in ("val", "train")] == [[*names[:1]], [*names[1:]]]
     for n, name in enumerate(names):
         assert Path("data/fineweb", name).read_bytes() == shard(tokens_of(n))
@@ -133,7 +135,7 @@ def assert_whole(shards):
     tokenizer = prepare.tokenizer_from_spec(meta["tokenizer"])
     for split, part in (("val", [0]), ("train", range(1, shards + 1))):
         assert meta["bytes"][split] == sum(len(tokenizer.decode_bytes(tokens_of(n))) for n in part)
-    assert [path.name for path in Path("data/downloads").glob("*") if path.suffix != ".lock"] == []
+    assert not [path for path in Path("data/fineweb").iterdir() if path.suffix not in (".bin", ".json")]
 
 
 def asked(hub):
@@ -155,108 +157,76 @@ def one_line(capsys, *needles):
 # prepare.py fineweb
 
 
-def test_shards_are_fetched_once_and_more_are_added(hub):
+def test_shards_are_downloaded_once_and_more_are_added(hub):
     fineweb()
-    assert_whole(1)
-    assert asked(hub) == [*prepare.SHARDS[:2]]
-    fineweb("--shards=4", "--tokenizer=gpt2")
-    assert_whole(4)
-    assert asked(hub) == [*prepare.SHARDS[2:5]]
+    assert_complete(1)
+    assert asked(hub) == SHARDS[:2]
+    fineweb("--shards=4")
+    assert_complete(4)
+    assert asked(hub) == SHARDS[2:5]
     before = Path("data/fineweb/meta.json").read_bytes()
-    fineweb()  # as many as there are
-    assert_whole(4)
+    fineweb("--shards=4")
     assert asked(hub) == [] and Path("data/fineweb/meta.json").read_bytes() == before
-    meta = fineweb("--shards=2")  # fewer: the others stay where they are
-    assert_whole(2)
-    assert len(meta["files"]["train"]) == 2 and len(list(Path("data/fineweb").iterdir())) == 6
+    fineweb("--shards=2")  # fewer: the others stay where they are
+    assert_complete(2)
+    assert len(list(Path("data/fineweb").iterdir())) == 6
 
 
-def test_a_run_trains_on_what_was_fetched(hub, project, capsys):
+def test_a_run_trains_on_shards(hub, project):
     fineweb("--shards=3")
     project.train("--dataset=fineweb", "--max_iters=4")
-    assert project.checkpoint()["step"] == 4 and project.checkpoint()["corpus"] == "fineweb"
-    assert project.log()[-1]["bits_per_byte"] > 0
+    assert project.log()[-1]["step"] == 4 and project.log()[-1]["bits_per_byte"] > 0
 
 
 @pytest.mark.parametrize("damage", [
     lambda data: data[:-2], lambda data: data[:700], lambda data: b"", lambda data: data + b"\0\0",
-    lambda data: b"\0" + data[1:], lambda data: data[:4] + b"\2" + data[5:], lambda data: data[:8] + b"\1" + data[9:],
-    lambda data: data[:-1] + b"\xff", lambda data: data[:-2] + bytes([data[-2] ^ 1]) + data[-1:],
-    lambda data: data[:900] + b"x" + data[901:]],
-    ids="cut short empty longer magic version count beyond one-bit header".split())
-def test_a_damaged_shard_is_fetched_again_and_no_other(hub, damage, capsys):
+    lambda data: data + b"\0", lambda data: b"\0" + data[1:], lambda data: data[:4] + b"\2" + data[5:],
+    lambda data: data[:8] + b"\1" + data[9:], lambda data: data[:-1] + b"\xff"],
+    ids="cut short empty longer odd magic version count beyond".split())
+def test_a_damaged_shard_is_deleted_and_downloaded_by_the_next_run(hub, damage, capsys):
     fineweb("--shards=3")
-    path = Path("data/fineweb", prepare.SHARDS[2])
+    path = Path("data/fineweb", SHARDS[2])
     path.write_bytes(damage(path.read_bytes()))
     asked(hub), capsys.readouterr()
+    fineweb("--shards=3", status=2)
+    one_line(capsys, SHARDS[2], "damaged", "again")
+    assert not path.exists() and asked(hub) == []
     fineweb("--shards=3")
-    assert_whole(3)
-    assert asked(hub) == [prepare.SHARDS[2]]
-    shown = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
-    assert len(shown) == 1 and prepare.SHARDS[2] in shown[0]
+    assert_complete(3)
+    assert asked(hub) == [SHARDS[2]]
 
 
-def test_a_lost_shard_is_fetched_again(hub):
-    fineweb("--shards=2")
-    Path("data/fineweb", prepare.SHARDS[0]).unlink()
-    asked(hub)
-    fineweb()
-    assert_whole(2)
-    assert asked(hub) == [prepare.SHARDS[0]]
-
-
-@pytest.mark.parametrize("served, needle", [
-    (shard([1, 2, 3], magic=20240801), "20240801"), (shard([1, 2, 3], version=2), "20240520 and 2"),
-    (shard([1, 2, 3], count=4), "4 tokens"), (shard([1, 2, 3], count=-3), "-3"), (shard([]), "0 tokens"),
-    (shard([1, 2, 60000]), "60000"), (shard([1, 257]), "257"), (b"\x01", "20240520"), (b"<!doctype html>", "web page"),
-    (None, "404")], ids="magic version count negative none beyond just-beyond one-byte page gone".split())
-def test_what_is_no_shard_is_one_line_and_changes_nothing(hub, served, needle, capsys):
+@pytest.mark.parametrize("served", [
+    shard([1, 2, 3], magic=20240801), shard([1, 2, 3], count=4), shard([1, 2, 3], count=-3), shard([]),
+    shard([1, 257]), b"\x01", None], ids="magic count negative none beyond one-byte gone".split())
+def test_what_is_no_shard_is_one_line_and_changes_nothing(hub, served, capsys):
     before = fineweb("--shards=1")
-    hub.shards[prepare.SHARDS[2]] = served
+    hub.shards[SHARDS[2]] = served
     if served is None:
-        del hub.shards[prepare.SHARDS[2]]
+        del hub.shards[SHARDS[2]]
     capsys.readouterr()
     assert fineweb("--shards=3", status=2) == before
-    one_line(capsys, prepare.SHARDS[2], needle)
-    assert_whole(1)  # and nothing damaged is kept
-    hub.shards[prepare.SHARDS[2]] = shard(tokens_of(2))
+    one_line(capsys, SHARDS[2])
+    assert_complete(1)  # and nothing damaged is kept
+    hub.shards[SHARDS[2]] = shard(tokens_of(2))
     fineweb("--shards=3")
-    assert_whole(3)
+    assert_complete(3)
 
 
-def test_a_broken_download_goes_on_where_it_stopped(hub, capsys):
+def test_a_broken_download_is_resumed(hub):
     hub.cut = 40_000
-    fineweb("--shards=1")
-    assert_whole(1)
-    assert [place for name, place in hub.asked if name == prepare.SHARDS[1]] == [
-        None, "bytes=32768-"]
-
-
-def test_ctrl_c_leaves_the_old_dataset_and_the_next_run_goes_on(hub, monkeypatch, capsys):
-    before, replace = fineweb("--shards=1"), os.replace
-    for stop in ("000003.bin", "meta.json"):
-
-        def interrupted(source, target, stop=stop):
-            if str(target).endswith(stop):
-                raise KeyboardInterrupt
-            replace(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", interrupted)
-            assert fineweb("--shards=3", status=130) == before
-        assert len(before["files"]["train"]) == 1
-    asked(hub)
-    fineweb("--shards=3")
-    assert_whole(3)
-    assert asked(hub) == []  # each had arrived
+    fineweb()
+    assert_complete(1)
+    first, second = (place for name, place in hub.asked if name == SHARDS[1])
+    assert first is None and int(second.removeprefix("bytes=").removesuffix("-")) > 30_000
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_a_killed_run_leaves_the_old_dataset_or_the_new(hub):
-    fineweb("--shards=1")
+    fineweb()
     hub.pause = 0.01
     rng, metas = random.Random(0), set()
-    for _ in range(8):
+    for _ in range(5):
         child = subprocess.Popen([sys.executable, "-c", COMMAND, "fineweb", "--shards=5"], stdout=subprocess.DEVNULL,
                                  env=os.environ | {"PYTHONPATH": str(ROOT)})
         begun, deadline = len(hub.asked), time.monotonic() + 30
@@ -267,20 +237,13 @@ def test_a_killed_run_leaves_the_old_dataset_or_the_new(hub):
         child.wait()
         meta = json.loads(Path("data/fineweb/meta.json").read_text(encoding="utf-8"))
         metas.add(len(meta["files"]["train"]))
-        for path in Path("data/fineweb").glob("*.bin"):  # under their own names only when whole
+        for path in Path("data/fineweb").glob("*.bin"):  # under their own names only when complete
             assert path.read_bytes() == hub.shards[path.name]
     hub.pause = 0
     fineweb("--shards=5")
-    assert_whole(5)
+    assert_complete(5)
     assert metas <= {1, 5}
-    assert [place for _, place in hub.asked if place], "nothing went on where it had stopped"
-
-
-def test_a_full_disk_is_said_before_anything_is_fetched(hub, monkeypatch, capsys):
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000_000))
-    fineweb("--shards=103", status=2)
-    one_line(capsys, "104 shards", "20.8 GB", "3.0 GB free", "--shards")
-    assert asked(hub) == [] and not Path("data/fineweb").exists()
+    assert [place for _, place in hub.asked if place], "nothing was resumed"
 
 
 def test_other_data_is_not_mixed_with_shards(hub, capsys):
@@ -288,20 +251,10 @@ def test_other_data_is_not_mixed_with_shards(hub, capsys):
     assert prepare.main(["a.txt", "--name=fineweb"]) == 0
     capsys.readouterr()
     fineweb(status=2)
-    one_line(capsys, "train.bin", "--name")
+    one_line(capsys, ".bin", "--name")
     fineweb("--name=web", status=0)
     assert prepare.main(["a.txt", "--name=web"]) == 2
     one_line(capsys, "fineweb_", "--name")
-
-
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"files": []}', b'{"files": {"val": [], "train": [7]}}',
-                                  b'{"files": {"val": [{"name": []}], "train": []}}', b"[" * 100_000, b"\xff"],
-                         ids=lambda text: repr(text[:24]))
-def test_a_damaged_meta_json_is_written_anew(hub, text):
-    fineweb("--shards=2")
-    Path("data/fineweb/meta.json").write_bytes(text)
-    fineweb("--shards=2")
-    assert_whole(2)
 
 
 @pytest.mark.parametrize("endpoint", ["nonsense", "ftp://127.0.0.1", "http://", "http://[::1", "http:///x"])
@@ -309,7 +262,6 @@ def test_an_endpoint_that_is_none_is_one_line(hub, endpoint, monkeypatch, capsys
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     fineweb(status=2)
     one_line(capsys, endpoint.rstrip("/"))
-    assert not Path("data").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -317,7 +269,7 @@ def test_an_endpoint_that_is_none_is_one_line(hub, endpoint, monkeypatch, capsys
 
 
 def dataset(folder, parts, offset=HEADER, **changes):
-    """A folder of shards that hold these lists of ids, the last of them for validation. Returns its meta."""
+    """A folder of shards that hold these lists of ids, the last of them for validation."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {"train": [], "val": []}
     for n, ids in enumerate(parts):
@@ -328,11 +280,10 @@ def dataset(folder, parts, offset=HEADER, **changes):
     meta = dict(format=1, corpus="parts", tokenizer=dict(kind="byte"), vocab_size=257, dtype="uint16", tokens=sums,
                 bytes=sums, files=files) | changes
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    return meta
 
 
-def read_meta(folder):
-    return train.read_meta(SimpleNamespace(dataset=f"{folder}/"))[1]
+def open_split(folder, split="train"):
+    return train.TokenDataset(folder, split, train.read_meta(f"{folder}/")[1])
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 100), st.sampled_from([0, 2, 7, HEADER]),
@@ -341,10 +292,10 @@ def test_shards_are_read_as_if_they_were_one_file(tmp_path, lengths, length, off
     parts = [[rng.randrange(257) for _ in range(n)] for n in lengths]
     dataset(tmp_path, [*parts, [1] * 20], offset)
     whole = np.array([i for part in parts for i in part])
-    split = train.Split(tmp_path, "train", read_meta(tmp_path))
+    split = open_split(tmp_path)
     starts = np.array([rng.randrange(len(whole) + 5) for _ in range(7)])
     expected = whole[np.minimum(starts[:, None] + np.arange(length), len(whole) - 1)]
-    assert split.count == len(whole) and split.read(starts, length).tolist() == expected.tolist()
+    assert split.size == len(whole) and split.read(starts, length).tolist() == expected.tolist()
 
 
 def test_a_run_on_shards_is_bit_for_bit_that_on_one_file(project):
@@ -357,90 +308,52 @@ def test_a_run_on_shards_is_bit_for_bit_that_on_one_file(project):
     assert same(project.checkpoint("one")["model"], project.checkpoint("many")["model"])
 
 
-def test_a_token_beyond_the_vocabulary_is_named_with_its_place(project, capsys):
+def test_a_token_beyond_the_vocabulary_is_refused_by_the_shard_s_name(tmp_path):
     ids = np.arange(200) % 257
-    dataset(project.path / "data" / "parts", [ids, ids, ids, ids])
-    bad = ids.copy()
-    bad[77] = 300
-    (project.path / "data" / "parts" / "part1.bin").write_bytes(bytes(HEADER) + bad.astype("<u2").tobytes())
-    assert train.main([*project.tiny, "--dataset=parts"]) == 1
-    line = capsys.readouterr().err
-    assert "part1.bin" in line and "300" in line and "token 77 " in line and f"byte {HEADER + 154:,})" in line
-
-
-def test_a_shard_of_another_size_is_refused_by_name_and_later_ends_the_run(project, tmp_path):
-    ids = np.arange(200) % 257
-    dataset(tmp_path / "data" / "parts", [ids, ids, ids, ids])
-    split, path = project.split("train", "--dataset=parts"), tmp_path / "data" / "parts" / "part1.bin"
-    with open(path, "ab") as file:
-        file.write(b"\0\0")
+    dataset(tmp_path, [ids, np.full(200, 300), ids])
+    split = open_split(tmp_path)
     assert split.read(np.array([0]), 100).shape == (1, 100)  # of another shard
-    with pytest.raises(train.RunFailed, match="part1.bin has another size"):
+    with pytest.raises(prepare.UserError, match=r"part1\.bin.*prepare\.py"):
         split.read(np.array([190]), 20)
-    line = project.refuse("--dataset=parts")
-    assert "part1.bin" in line and "1,426 bytes" in line and "1,424" in line and "prepare.py" in line
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows replaces no open file")
-def test_a_shard_that_is_replaced_does_not_reach_the_run(project, tmp_path):
-    ids = np.arange(200) % 257
-    dataset(tmp_path / "data" / "parts", [ids, ids, ids])
-    split = project.split("train", "--dataset=parts")
-    before = split.read(np.array([150]), 100)
-    for name in ("part0.bin", "part1.bin"):
-        (tmp_path / name).write_bytes(bytes(10))
-        os.replace(tmp_path / name, tmp_path / "data" / "parts" / name)
-    assert torch.equal(split.read(np.array([150]), 100), before)
-
-
-GOOD = dict(name="part0.bin", offset=HEADER, tokens=100)
-
-
-@pytest.mark.parametrize("wrong", [
-    *(dict(GOOD, name=name) for name in (
-        "", ".", "..", "../part0.bin", "/etc/passwd", "a/b", "a\\b", "..\\x", "C:x", "~", "part0.bin\n", "\0", ".x",
-        None, 7, [], ["part0.bin"])),
-    *(dict(GOOD, tokens=n) for n in (0, -100, 99, 100.0, "100", True, None, 10**30, [100])),
-    *(dict(GOOD, offset=n) for n in (-2, 1024.0, "1024", False, None, 10**30)),
-    *({k: v for k, v in GOOD.items() if k != key} for key in GOOD), None, 7, "part0.bin", []], ids=repr)
-def test_a_hostile_list_of_files_is_refused(project, wrong):
-    for files in (dict(train=[wrong], val=[GOOD]), dict(train=[GOOD], val=[wrong])):
-        dataset(project.path / "data" / "parts", [range(100), range(100)], files=files)
-        assert "meta.json" in project.refuse("--dataset=parts")
-
-
-@pytest.mark.parametrize("files", [None, 7, [], {}, "train", dict(train=[GOOD]), dict(train=[], val=[]),
-                                   dict(train=7, val=[GOOD]), dict(train=[GOOD, GOOD], val=[GOOD]),
-                                   dict(train=[GOOD, dict(GOOD, tokens=0)], val=[GOOD])], ids=repr)
-def test_what_is_no_list_of_files_is_refused(project, files):
-    dataset(project.path / "data" / "parts", [range(100), range(100)], files=files)
-    assert "meta.json" in project.refuse("--dataset=parts")
-
-
-def test_a_missing_shard_is_refused_by_name(project):
+@pytest.mark.parametrize("change", ["longer", "missing"])
+def test_a_shard_of_another_size_is_refused_by_name(project, change):
     dataset(project.path / "data" / "parts", [range(100)] * 3)
-    (project.path / "data" / "parts" / "part1.bin").unlink()
+    path = project.path / "data" / "parts" / "part1.bin"
+    if change == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes() + b"\0\0")
     line = project.refuse("--dataset=parts")
     assert "part1.bin" in line and "prepare.py" in line
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows replaces no open file")
+def test_a_shard_that_is_replaced_does_not_reach_the_run(tmp_path):
+    ids = np.arange(200) % 257
+    dataset(tmp_path, [ids, ids, ids])
+    split = open_split(tmp_path)
+    before = split.read(np.array([150]), 100)
+    for name in ("part0.bin", "part1.bin"):
+        (tmp_path / "new").write_bytes(bytes(10))
+        os.replace(tmp_path / "new", tmp_path / name)
+    assert torch.equal(split.read(np.array([150]), 100), before)
+
+
 def test_the_config_s_arithmetic_is_right():
     """What the docstring of config/train_gpt2.py estimates follows from its settings."""
-    s = train.override(train.Settings(), [str(ROOT / "config" / "train_gpt2.py")])
+    s = train.parse_args(train.Settings(), [str(ROOT / "config" / "train_gpt2.py")])
     text = (ROOT / "config" / "train_gpt2.py").read_text(encoding="utf-8")
     tokens = s.max_iters * s.batch_size * s.gradient_accumulation_steps * s.block_size
     flops = 6 * 124e6 * tokens
     hours = flops / (0.4 * 989e12) / 3600
-    assert s.dataset == "fineweb" and s.size == "gpt2"
+    assert s.dataset == "fineweb" and (s.n_layer, s.n_head, s.n_embd) == (12, 12, 768)
     for said in (f"{s.max_iters:,} steps see {tokens / 1e9:.2f} billion tokens", f"{flops:.2e}".replace("e+", "e"),
                  f"{hours:.1f} hours on one GPU", f"{60 * hours / 8:.0f} minutes on eight", f"${2.5 * hours:.1f} on",
                  f"--shards={tokens / 1e8:.0f}"):
         assert said in text
     assert 2.5e9 - 2 * s.block_size > tokens, "more than an epoch"
-
-
-def test_absent_fineweb_is_asked_for_as_it_is_prepared(project):
-    assert "`python prepare.py fineweb`" in project.refuse("--dataset=fineweb")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="its holes in files take space on the disk")
@@ -449,21 +362,19 @@ def test_ten_billion_tokens_take_no_more_memory_than_a_million(tmp_path):
     peaks = []
     for name, shards, tokens in (("small", 1, 10**6), ("large", 100, 10**8)):
         folder = tmp_path / name
-        dataset(folder, [])
-        files = {"train": [], "val": [dict(name="val.bin", offset=0, tokens=10**6)]}
-        for i in range(shards):
-            files["train"].append(dict(name=f"{i}.bin", offset=HEADER, tokens=tokens))
+        files = {"train": [dict(name=f"{i}.bin", offset=HEADER, tokens=tokens) for i in range(shards)],
+                 "val": [dict(name="val.bin", offset=0, tokens=10**6)]}
+        dataset(folder, [], files=files, tokens=dict(train=shards * tokens, val=10**6), bytes=dict(train=1, val=1))
         for part in files["train"] + files["val"]:
             with open(folder / part["name"], "wb") as file:
                 file.truncate(part["offset"] + 2 * part["tokens"])
-        dataset(folder, [], files=files, tokens=dict(train=shards * tokens, val=10**6), bytes=dict(train=1, val=1))
-        s = train.override(train.Settings(), ["--batch_size=12", "--block_size=64", "--device=cpu"])
+        s = train.parse_args(train.Settings(), ["--batch_size=12", "--block_size=64", "--device=cpu"])
         tracemalloc.start()
-        split = train.Split(folder, "train", read_meta(folder))
-        assert split.count == shards * tokens
+        split = open_split(folder)
+        assert split.size == shards * tokens
         for first in range(0, 180, 12):
-            x, _ = train.training_batch(split, s, first, 12, torch.device("cpu"))
+            x, _ = train.get_batch(split, s, first, 12, torch.device("cpu"))
             assert x.shape == (12, 64) and not x.any()
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 200_000, peaks
+    assert peaks[1] < peaks[0] + 1_000_000, peaks

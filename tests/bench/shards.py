@@ -15,7 +15,7 @@ from common import ROOT, fact_line, facts, log_of, spread, summary, table, timed
 
 HEADER = 1024
 TINY = ("--ngram=1 --n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --max_iters=100 "
-        "--eval_interval=100 --log_interval=1 --eval_iters=1 --checkpoint_minutes=0 --device=cpu --dtype=float32 "
+        "--eval_interval=100 --log_interval=1 --eval_iters=1 --save_interval_minutes=0 --device=cpu --dtype=float32 "
         "--compile=False").split()
 
 
