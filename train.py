@@ -36,15 +36,14 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-
 from prepare import UserError, did_you_mean, download_gpt2
 
-# Settings -------------------------------------
+# Settings -----------------
 
 @dataclass
 class GPTConfig:
     """Settings of the model. config/gpt2.py is GPT-2."""
-    vocab_size: int = 0  # V; 0 takes the dataset's
+    vocab_size: int = 0  # V, at least the dataset's
     vocab_multiple: int = 1  # pad the vocabulary to a multiple; 64 is faster on GPUs
     block_size: int = 64  # T, context length in tokens
     n_layer: int = 4  # transformer blocks; 0 makes a bigram model
@@ -158,8 +157,8 @@ def parse_value(key, kind, value, where):
 def parse_args(settings, argv):
     """Override and return `settings`, a dataclass, by config files and --key=value flags. Raises UserError."""
     if "--help" in argv or "-h" in argv:
-        module = inspect.getmodule(type(settings))
-        print(module.__doc__, *re.findall(r"^    (\w+: .+ = .+)$", inspect.getsource(module), re.MULTILINE), sep="\n")
+        source = "".join(inspect.getsource(cls) for cls in reversed(type(settings).__mro__[:-1]))
+        print(inspect.getmodule(settings).__doc__, *re.findall(r"^    (\w+: .+ = .+)$", source, re.MULTILINE), sep="\n")
         sys.exit()
     kinds, words = {f.name: f.type for f in fields(settings)}, list(argv)
     while words:
@@ -168,6 +167,8 @@ def parse_args(settings, argv):
         if word.startswith("--") and not equals:
             is_switch = kinds.get(key) is bool or "True" in get_args(kinds.get(key))
             value = words.pop(0) if words and (not is_switch or words[0].lower() in ("true", "false")) else "True"
+            if value == "True" and kinds.get(key) is str:
+                raise UserError(f"command line: --{key} needs a value")
         found = [(key, value, "command line")] if word.startswith("--") else read_config(word)
         for key, value, where in found:
             if key in kinds:
@@ -182,15 +183,16 @@ def check(s):
     """Raise UserError for settings that are out of range or contradict each other."""
     counts = "block_size n_head n_embd ngram ngram_buckets vocab_multiple batch_size gradient_accumulation_steps " \
              "max_iters eval_interval log_interval"
-    for names, least, below in ((counts, 1, math.inf), ("dropout ngram_dropout beta1 beta2 momentum", 0, 1)):
+    for names, least, below in ((counts, 1, 2**53), ("seed learning_rate grad_clip eval_iters", 0, 2**53),
+                                ("dropout ngram_dropout beta1 beta2 momentum", 0, 1), ("cooldown_frac", 0.01, 1.01)):
         for name in names.split():
             if not least <= getattr(s, name, least) < below:
-                raise UserError(f"{name}={getattr(s, name)} must be at least {least}" + " and below 1" * (below == 1))
+                raise UserError(f"{name}={getattr(s, name)} must be at least {least} and below {below}")
     if s.n_embd % s.n_head or s.position == "rope" and s.n_embd // s.n_head % 2:
         raise UserError(f"n_embd={s.n_embd} is not an even multiple of n_head={s.n_head}: try --n_embd={32 * s.n_head}")
 
 
-# Model ----------------------------------------
+# Model --------------------
 
 class Linear(nn.Linear):
     """Casts its weight to the dtype of the input, which costs half as much as autocast in a small model."""
@@ -294,8 +296,8 @@ class Block(nn.Module):
 class NGrams(nn.Module):
     """Embeddings of the 2-gram to n-gram that end at each position: token ids (B, T) -> (B, T, C).
 
-    They spare a small model what its first layers would learn, and help large ones (Huang et al. 2025, 2501.16975).
-    Multiplicative hashing (Knuth, TAOCP 6.4) maps n-grams to table rows of C/4 channels.
+    They help small and large models (Huang et al. 2025, arXiv 2501.16975). Multiplicative hashing (Knuth, TAOCP 6.4)
+    maps n-grams to table rows of C/4 channels.
     """
 
     def __init__(self, config):
@@ -380,10 +382,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Append max_new_tokens sampled ids to idx (B, T); temperature 0 is greedy. Call model.eval() before.
-
-        The context is recomputed for every token; sample.py caches keys and values.
-        """
+        """Append max_new_tokens sampled ids to idx (B, T), without a cache. Temperature 0 is greedy."""
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size:])[0][:, -1]  # (B, V)
             if temperature == 0:
@@ -396,7 +395,7 @@ class GPT(nn.Module):
         return idx
 
 
-# Optimizer ------------------------------------
+# Optimizer ----------------
 
 def newton_schulz(G, dtype, steps=5):
     """Move the singular values of matrices G (N, rows, columns), rows <= columns, to about 0.7 to 1.2."""
@@ -431,7 +430,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): Nesterov momentum, orthogonalized, scaled to the RMS of an AdamW update.
 
     The scale 0.2 * sqrt(max(rows, columns)) is from Liu et al. 2025, arXiv 2502.16982. torch.optim.Muon does not split
-    queries, keys and values, and takes one matrix at a time, in bfloat16, slow on CPUs.
+    queries, keys and values, and is slow on CPUs: one matrix at a time, in bfloat16.
     """
 
     def __init__(self, params, lr=1e-2, momentum=0.95, weight_decay=0.1, dtype=torch.float32):
@@ -470,7 +469,7 @@ def configure_optimizers(model, s):
     return optimizers
 
 
-# Data -----------------------------------------
+# Data ---------------------
 
 def read_meta(dataset):
     """The folder of a dataset and its meta.json, a dict. Raises UserError."""
@@ -478,6 +477,7 @@ def read_meta(dataset):
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         meta["corpus"], meta["tokenizer"], meta["vocab_size"], meta["bytes"]["val"], meta["tokens"]["val"]
+        ("uint8", "uint16", "uint32").index(meta["dtype"])  # or ValueError
         return folder, meta
     except OSError:
         near = did_you_mean(folder.name, [path.parent.name for path in folder.parent.glob("*/meta.json")])
@@ -543,11 +543,8 @@ def permute(i, n, key):
 
 
 def window_starts(seed, first, count, n_tokens, block_size):
-    """Start positions (count,) of training sequences number `first` to first + count - 1.
-
-    An epoch cuts the split into windows of block_size at a random offset and takes each once, in random order.
-    """
-    windows = max(1, n_tokens // block_size - 1)  # one less than fit, which leaves room for the offset
+    """Start positions (count,) of the training sequences from number `first`; an epoch takes each window once."""
+    windows = max(1, n_tokens // block_size - 1)  # one less than fit: they begin at a random offset
     epoch, place = np.divmod(np.arange(first, first + count), windows)
     starts = np.empty(count, dtype=np.int64)
     for e in np.unique(epoch):
@@ -566,7 +563,7 @@ def get_batch(dataset, s, first, count, device):
     return tokens[:, :-1], tokens[:, 1:]
 
 
-# Schedule and evaluation ----------------------
+# Schedule and evaluation ----
 
 def get_lr(step, s):
     """Learning rate of step number `step`, from 0: warmup, then constant and linear decay, or cosine decay."""
@@ -608,7 +605,7 @@ def evaluate(model, dataset, s, world):
     return total / count
 
 
-# Processes and hardware -----------------------
+# Processes and hardware ----
 
 @dataclass
 class World:
@@ -677,7 +674,7 @@ def get_compute_dtype(s, device):
     return torch.bfloat16 if native else torch.float32
 
 
-# Checkpoints and pretrained weights -----------
+# Checkpoints and pretrained weights ----
 
 def atomic_write(path, write):
     """Call write(file) on a temporary file and rename it to path, so that path is always complete."""
@@ -724,7 +721,7 @@ def load_checkpoint(path):
         version = checkpoint.get("format")
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: run `python train.py` first, or set --out_dir") from None
-    except Exception as error:  # zipfile and torch.load raise many types
+    except Exception as error:  # zipfile and torch raise many types
         raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); no code in it ran") from None
     if version != 2:
         raise UserError(f"{path} has checkpoint format {version}, expected 2: train again")
@@ -754,6 +751,8 @@ def load_gpt2(name):
         path = download_gpt2(name)
     if path.is_dir():
         path /= "model.safetensors" if (path / "model.safetensors").exists() else "pytorch_model.bin"
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
     try:
         theirs = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
         activation = theirs.get("activation_function", "gelu_new")
@@ -763,21 +762,15 @@ def load_gpt2(name):
             block_size=theirs["n_positions"], activation=dict(gelu="gelu", gelu_new="gelu_tanh")[activation],
             tie_weights=theirs.get("tie_word_embeddings", True), position="learned", norm="layernorm", ngram=1,
             norm_affine=True, bias=True, qk_norm=False, zero_init=False)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {}
+        is_pickle, weights = path.suffix != ".safetensors", {}
+        tensors = torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
         for key, tensor in tensors.items():
             if not key.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks in old files
                 transposed = re.search(r"\.c_\w+\.weight$", key)  # Conv1D stores (in, out)
                 weights[key.removeprefix("transformer.")] = (tensor.T if transposed else tensor).float().contiguous()
         if config["tie_weights"]:
             weights["lm_head.weight"] = weights["wte.weight"]
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # json, safetensors and torch.load raise many types
+    except Exception as error:  # the libraries raise many types
         raise UserError(f"init_from={name}: {path} is not GPT-2 in Hugging Face's layout ({error!r:.100})") from None
     tokenizer = theirs.get("tokenizer_spec", dict(kind="tiktoken", encoding="gpt2"))  # of sample.py --export
     checkpoint = dict(config=config, tokenizer=tokenizer, model=weights)
@@ -785,7 +778,7 @@ def load_gpt2(name):
     return checkpoint
 
 
-# Output directory and log ---------------------
+# Output directory and log ----
 
 def open_out_dir(s, new_run):
     """Create and lock out_dir, move an earlier run to previous-N, write config.py. Returns the open lock file."""
@@ -826,8 +819,8 @@ class Log:
     """Prints the table and writes log.jsonl and the trackers."""
 
     def __init__(self, s, progress):
-        self.max_iters, self.first_step, self.began = s.max_iters, progress.step, time.monotonic()
-        self.path, self.trackers, self.elapsed_before = Path(s.out_dir, "log.jsonl"), [], progress.elapsed
+        self.max_iters, self.first_step, self.elapsed_before = s.max_iters, progress.step, progress.elapsed
+        self.path, self.trackers, self.start = Path(s.out_dir, "log.jsonl"), [], time.monotonic() - progress.elapsed
         if self.path.exists():  # a resumed run repeats what came after the checkpoint
             kept = "".join(json.dumps(r) + "\n" for r in read_log(s.out_dir) if r["step"] <= progress.step)
             atomic_write(self.path, lambda file: file.write(kept.encode()))
@@ -843,25 +836,22 @@ class Log:
             self.trackers.append(lambda step, values: run.log(values, step=step))
         print0("    step    loss     val       lr   norm   tokens/s  elapsed     left")
 
-    def elapsed(self):
-        """Seconds of training, including before a resume."""
-        return self.elapsed_before + time.monotonic() - self.began
-
     def write(self, step, **values):
         """Log the values of a step; step 0 has only a val_loss."""
-        record = dict(step=step, **values, elapsed=round(self.elapsed(), 3))
+        elapsed = time.monotonic() - self.start
+        record = dict(step=step, **values, elapsed=round(elapsed, 3))
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-        except OSError as error:  # for example a full disk
+        except OSError as error:  # e.g. a full disk
             print0(f"note: {error}", sys.stderr)
         for track in self.trackers:
             track(step, {key: value for key, value in values.items() if value is not None})
         val = f"{values['val_loss']:8.4f}" if values["val_loss"] is not None else " " * 8
         if step == 0:
             return print0(f"{0:8d}{'':8}{val}")
-        left = (time.monotonic() - self.began) / (step - self.first_step) * (self.max_iters - step)
-        elapsed, left = (timedelta(seconds=round(seconds)) for seconds in (self.elapsed(), left))
+        left = (elapsed - self.elapsed_before) / (step - self.first_step) * (self.max_iters - step)
+        elapsed, left = (timedelta(seconds=round(seconds)) for seconds in (elapsed, left))
         print0(f"{step:8d}{values['loss']:8.4f}{val}{values['lr']:9.1e}{values['grad_norm']:7.3f}"
                f"{values['tokens_per_second']:11,d}{elapsed!s:>9}{left!s:>9}")
 
@@ -883,7 +873,7 @@ def plot_losses(folders):
     return path
 
 
-# Training loop --------------------------------
+# Training loop ------------
 
 def forward_backward(model, scaler, dataset, s, world, sequences):
     """Accumulate the gradients of this rank's part of the global batch. Returns its part of the loss."""
@@ -946,13 +936,18 @@ def init_run(s, world, checkpoint):
 def train(s, world, datasets, meta, checkpoint):
     """Train until max_iters or a signal. Returns the exit status."""
     raw_model, optimizers, scaler, progress = init_run(s, world, checkpoint)
-    print0(f"{meta['corpus']}: {datasets['train'].size:,} training and {datasets['val'].size:,} validation tokens")
-    print0(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {world.size} x {world.device}, "
-           f"{raw_model.compute_dtype} {meta.get('note', '')}")
+    print0(f"{meta['corpus']}: {datasets['train'].size:,} training tokens. {meta.get('note', '')}")
+    print0(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {world.size} x {world.device}")
     compiled = raw_model
     if s.compile == "True" or s.compile == "auto" and world.device.type == "cuda":
-        torch._dynamo.config.suppress_errors = True  # runs uncompiled where there is no compiler
-        compiled = torch.compile(raw_model, dynamic=False)
+        try:
+            compiled = torch.compile(raw_model, dynamic=False)
+            x, y = get_batch(datasets["train"], s, 0, s.batch_size, world.device)
+            compiled(x, y)[1].backward()
+        except Exception as error:  # e.g. no C++ compiler
+            print0(f"note: torch.compile failed, training without it ({str(error).strip()[:90]!r})", sys.stderr)
+            compiled = raw_model
+        raw_model.zero_grad()
     bits_per_byte = meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2)  # per nat of loss
     if s.eval_only:
         loss = evaluate(compiled, datasets["val"], s, world)
@@ -1004,7 +999,7 @@ def train(s, world, datasets, meta, checkpoint):
             is_best, before = evaluating and val_loss < progress.best_val_loss, SimpleNamespace(**vars(progress))
             if is_best:
                 progress.best_val_loss, progress.best_step = val_loss, progress.step
-            progress.elapsed = log.elapsed()
+            progress.elapsed = time.monotonic() - log.start
             state = dict(
                 format=2, model=raw_model.state_dict(), optimizers=[o.state_dict()["state"] for o in optimizers],
                 scaler=scaler.state_dict(), progress=vars(progress), config=asdict(s), tokenizer=meta["tokenizer"],
@@ -1023,14 +1018,14 @@ def train(s, world, datasets, meta, checkpoint):
         logged = time.monotonic()
 
     if stopping:
-        print0(f"stopped at step {progress.step}, checkpoint saved: resume with --init_from=resume")
+        print0(f"stopped at step {progress.step}; resume: python train.py --init_from=resume --out_dir={out}")
         return 128 + (received or [signal.SIGTERM])[0]  # none if another rank received it
     print0(f"best validation loss {progress.best_val_loss:.4f} ({progress.best_val_loss * bits_per_byte:.4f} bits per "
            f"byte) at step {progress.best_step}, saved as {out / 'best.pt'}")
     return 0
 
 
-# Command line ---------------------------------
+# Command line -------------
 
 def configure(argv):
     """The Settings and the checkpoint to start from, {} for none."""
@@ -1069,15 +1064,15 @@ def run(argv):
     s, checkpoint = configure(argv)
     folder, meta = read_meta(s.dataset)
     datasets = {split: TokenDataset(folder, split, meta) for split in ("train", "val")}
-    s.vocab_size = s.vocab_size or meta["vocab_size"]
-    if s.vocab_size < meta["vocab_size"]:
-        raise UserError(f"vocab_size={s.vocab_size} is less than the dataset's {meta['vocab_size']}: leave it out")
+    s.vocab_size = max(s.vocab_size, meta["vocab_size"])
     if min(datasets["train"].size, datasets["val"].size) <= s.block_size:
         raise UserError(f"block_size={s.block_size} is not below the tokens in {folder}: prepare more text")
     if checkpoint and meta["tokenizer"] != checkpoint["tokenizer"]:
         raise UserError(f"dataset={s.dataset} has another tokenizer than the checkpoint")
     if checkpoint.get("corpus_sha256", meta.get("corpus_sha256")) != meta.get("corpus_sha256"):
         print0(f"note: dataset={s.dataset} is not the text that the checkpoint was trained on", sys.stderr)
+    for package in ["tensorboard"] * s.tensorboard + ["wandb"] * s.wandb_log:
+        importlib.import_module(package)  # before a previous run is moved
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -1109,7 +1104,7 @@ def main(argv=None):
     except (FloatingPointError, OSError) as error:
         message, status = error, 1
     if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
-        print(f"train.py: {message}", file=sys.stderr)
+        print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr)
     else:
         time.sleep(3)  # local rank 0 prints the error, before torchrun ends it because of this exit
     return status

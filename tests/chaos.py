@@ -1,19 +1,18 @@
-"""Kill a run with SIGKILL again and again, go on each time, and compare the end with a run that nobody disturbed.
+"""Kill a run with SIGKILL again and again, resume it each time, and compare its end with that of an undisturbed run.
 
     python tests/chaos.py --kills=50                one process, killed at random moments, every other time in a save
-    python tests/chaos.py --kills=5 --torchrun      two processes; a killed worker is brought back by --max-restarts
-    python tests/chaos.py --help
+    python tests/chaos.py --kills=5 --torchrun      two processes; torchrun restarts a killed worker (Linux)
 
 Weights, optimizer, data position, best loss and log must be equal to the last bit; exit status 1 where they are not.
-One kill in ten also cuts the latest checkpoint in two, as a power failure can, so that the one before it has to serve.
+One kill in ten also truncates the latest checkpoint, as a power failure can, so that the previous one is needed.
 """
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: one thread, so that a process can be forked
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: one thread, so that the process can be forked
 
 import argparse
 import contextlib
-import json
+import multiprocessing
 import random
 import signal
 import subprocess
@@ -29,167 +28,119 @@ from conftest import TIMINGS, TINY, Project, same  # noqa: E402
 
 import train  # noqa: E402
 
-UNEQUAL = {"elapsed", "config"}  # of a checkpoint: time, and how the run was asked for
 RUN = [*TINY, "--dropout=0.2", "--eval_interval=5", "--log_interval=1", "--eval_iters=2"]
-FILES = ("ckpt.pt", "ckpt-previous.pt")
+LATEST, PREVIOUS = Path("out/ckpt.pt"), Path("out/ckpt-previous.pt")
 
 
-class Forked:
-    """train.py in a process made by fork, which needs no second import of torch."""
-
-    def __init__(self, argv, output):
-        sys.stdout.flush()
-        self.pid, self.status = os.fork(), None
-        if self.pid == 0:
-            status = 70
-            with contextlib.suppress(BaseException):
-                handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                for stream in (1, 2):
-                    os.dup2(handle, stream)
-                sys.stdout, sys.stderr = (open(n, "w", closefd=False, encoding="utf-8") for n in (1, 2))
-                status = train.main(argv)
-                sys.stdout.flush()
-            os._exit(status)
-
-    def poll(self):
-        """The exit status, or None of a process that lives."""
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if pid else None
-        return self.status
-
-    def kill(self):
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
-            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+def run(argv, output):
+    """train.py in a process of its own."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    train.plot_losses = lambda folders: None  # takes longer than the steps
+    sys.exit(train.main(argv))
 
 
-def started(argv, output):
-    """A run of train.py: forked where that is possible."""
-    if hasattr(os, "fork"):
-        return Forked(argv, output)
-    with open(output, "a", encoding="utf-8") as file:
-        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv], stdout=file, stderr=file)
+def started(*argv):
+    """A run in a process made by fork, which does not import torch again."""
+    process = multiprocessing.get_context("fork").Process(target=run, args=([*RUN, *argv], "output.txt"))
+    process.start()
+    return process
 
 
-def torchrun(argv, output, restarts):
+def torchrun(restarts, *argv):
     """Two processes of train.py under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               f"--max-restarts={restarts}", "--monitor-interval=0.1", str(ROOT / "train.py"), *argv]
-    with open(output, "a", encoding="utf-8") as file:
+               f"--max-restarts={restarts}", "--monitor-interval=0.1", str(ROOT / "train.py"), *RUN, *argv]
+    with open("output.txt", "a", encoding="utf-8") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
 
 
-def mark(path):
-    """What changes when a file is written anew, or None where there is none."""
-    with contextlib.suppress(OSError):
-        found = path.stat()
-        return found.st_ino, found.st_mtime_ns
+def marks():
+    """What changes while a checkpoint is saved."""
+    found = []
+    for name in ("ckpt-new.pt.tmp", "ckpt-new.pt", "link.tmp"):
+        with contextlib.suppress(OSError):
+            file = os.stat(f"out/{name}")
+            found.append((name, file.st_ino, file.st_mtime_ns))
+    return set(found)
+
+
+def wait_for_save(is_alive):
+    """Return when a save begins or the process has ended."""
+    before, deadline = marks(), time.monotonic() + 120
+    while not marks() - before and is_alive():
+        assert time.monotonic() < deadline, "no save within two minutes"
+        time.sleep(0.0002)
+
+
+def loaded(path):
+    """A checkpoint without what two runs of one curve may differ in, or None if it is missing or damaged."""
+    with contextlib.suppress(train.UserError):
+        checkpoint = train.load_checkpoint(path)
+        del checkpoint["config"], checkpoint["progress"]["elapsed"]
+        return checkpoint
     return None
 
 
-def marks(out):
-    return [mark(out / f"{name}.tmp") for name in ("ckpt.pt", "best.pt")]
-
-
-def wait_for_saves(process, out, count):
-    """Return when that many saves have begun since now, or the process has ended: the very moment the last begins."""
-    before, deadline = marks(out), time.monotonic() + 120
-    while count and process.poll() is None:
-        assert time.monotonic() < deadline, "no save within two minutes"
-        now = marks(out)
-        begun = any(new and new != old for new, old in zip(now, before, strict=True))
-        before, count = now, count - begun
-        if count:
-            time.sleep(0.0002)
-
-
-def lines(out):
-    """The log, less what no two runs share."""
-    text = (out / "log.jsonl").read_text(encoding="utf-8") if (out / "log.jsonl").exists() else ""
-    whole = [line for line in text.splitlines() if line.endswith("}")]
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in whole]
-
-
-def resumes_at(out):
-    """The step and the file from which the next run goes on."""
-    for name in FILES:
-        with contextlib.suppress(train.UserError):
-            return train.load_checkpoint(out / name)["step"], name
-    return 0, None
-
-
-def differences(one, other):
-    """The names of all in which the ends of two runs differ, of the log, the last checkpoint and the best."""
-    found = [] if lines(one) == lines(other) else ["log.jsonl"]
+def differences():
+    """The names of all in which the ends of out/ and whole/ differ."""
+    logs = [[{k: v for k, v in record.items() if k not in TIMINGS} for record in train.read_log(folder)]
+            for folder in ("out", "whole")]
+    found = ["log.jsonl"] * (logs[0] != logs[1])
     for name in ("ckpt.pt", "best.pt"):
-        a, b = train.load_checkpoint(one / name), train.load_checkpoint(other / name)
-        found += [f"{name}: {key}" for key in a.keys() | b.keys()
-                  if key not in UNEQUAL and not same(a.get(key), b.get(key))]
+        a, b = loaded(Path("out", name)), loaded(Path("whole", name))
+        found += [f"{name}: {key}" for key in b if not a or not same(a[key], b[key])]
     return found
 
 
-def survive(folder, kills, seed):
-    """A run killed that often and resumed until it is done. Returns the figures as a dict."""
-    draw, out, output = random.Random(seed), folder / "out", folder / "output.txt"
-    steps = 25 * kills + 10  # more than all lives together can do before the last kill
-    whole = started([*RUN, f"--max_iters={steps}", "--out_dir=whole"], folder / "whole.txt")
-    while whole.poll() is None:
-        time.sleep(0.05)
-    figures = dict(steps=steps, kills=0, in_a_save=0, checkpoints_cut=0, resumed_from_previous=0, lost_steps=0)
+def survive(kills, rng):
+    """Kill a run that often and resume it until it is done. Returns the figures as a dict."""
+    steps = f"--max_iters={25 * kills + 10}"  # more than all the killed runs can do
+    started(steps, "--out_dir=whole").join()
+    figures = dict(kills=0, in_a_save=0, checkpoints_cut=0, resumed_from_previous=0)
     while True:
-        begin, source = resumes_at(out)
-        figures["resumed_from_previous"] += source == FILES[1]
-        resume = ["--init_from=resume"] if source else []
-        before = marks(out)
-        process = started([*RUN, f"--max_iters={steps}", *resume], output)
-        try:
-            if figures["kills"] == kills:
-                while process.poll() is None:
-                    time.sleep(0.05)
-            else:
-                in_a_save = draw.random() < 0.5
-                wait_for_saves(process, out, draw.randrange(3) + in_a_save)
-                time.sleep(draw.random() * (0.003 if in_a_save else 0.15))
-        finally:
-            killed = process.poll() is None
-            process.kill()
-        if not killed:
-            break
+        existed, before = LATEST.exists(), marks()
+        figures["resumed_from_previous"] += existed and not loaded(LATEST)
+        process = started(steps, "--init_from=auto")
+        if figures["kills"] == kills:
+            process.join()
+            return figures | dict(exit_status=process.exitcode)
+        in_a_save = rng.random() < 0.5
+        for _ in range(rng.randrange(3) + in_a_save):
+            wait_for_save(process.is_alive)
+        time.sleep(rng.random() * (0.003 if in_a_save else 0.15))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the run ended before it was killed"
+        assert LATEST.exists() or not existed, "ckpt.pt has vanished"
         figures["kills"] += 1
-        figures["in_a_save"] += any(a and a != b for a, b in zip(marks(out), before, strict=True)) or (
-            not (out / FILES[0]).exists() and (out / FILES[1]).exists())
-        if draw.random() < 0.1 and all((out / name).exists() for name in FILES) and resumes_at(out)[1] == FILES[0]:
-            os.truncate(out / FILES[0], (out / FILES[0]).stat().st_size // 2)
+        figures["in_a_save"] += bool(marks() - before)
+        if rng.random() < 0.1 and loaded(LATEST) and loaded(PREVIOUS) and not LATEST.samefile(PREVIOUS):
+            os.truncate(LATEST, LATEST.stat().st_size // 2)
             figures["checkpoints_cut"] += 1
-        logged = lines(out)
-        figures["lost_steps"] += max(0, (logged[-1]["step"] if logged else 0) - resumes_at(out)[0])
-    figures["exit_status"] = process.poll()
-    return figures
 
 
-def survive_torchrun(folder, kills, seed):
-    """Two processes, of which one is killed that often, brought back by torchrun. Returns the figures as a dict."""
-    draw, out, steps = random.Random(seed), folder / "out", 25 * kills + 10
-    argv = [*RUN, f"--max_iters={steps}"]
-    assert torchrun([*argv, "--out_dir=whole"], folder / "whole.txt", 0).wait(timeout=300) == 0
-    figures = dict(steps=steps, kills=0)
-    process = torchrun(argv, folder / "output.txt", kills)
+def survive_torchrun(kills, rng):
+    """Kill one of two processes that often; torchrun restarts them. Returns the figures as a dict."""
+    steps, figures = f"--max_iters={25 * kills + 10}", dict(kills=0)
+    assert torchrun(0, steps, "--out_dir=whole").wait(timeout=300) == 0, Path("output.txt").read_text()
+    process = torchrun(kills, steps)
     try:
         while figures["kills"] < kills and process.poll() is None:
-            wait_for_saves(process, out, 1 + draw.randrange(3))
-            time.sleep(draw.random() * 0.02)
+            for _ in range(1 + rng.randrange(3)):
+                wait_for_save(lambda: process.poll() is None)
+            time.sleep(rng.random() * 0.02)
             found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
             workers = [int(pid) for pid in found.stdout.split() if b"train.py" in Path(
                 "/proc", pid, "cmdline").read_bytes()] if process.poll() is None else []
             if workers:
-                os.kill(draw.choice(workers), signal.SIGKILL)
+                os.kill(rng.choice(workers), signal.SIGKILL)
                 figures["kills"] += 1
-        figures["exit_status"] = process.wait(timeout=300)
+        return figures | dict(exit_status=process.wait(timeout=300))
     finally:
         with contextlib.suppress(ProcessLookupError):  # torchrun and its workers, a session of their own
             os.killpg(process.pid, signal.SIGKILL)
-    return figures
 
 
 def main(argv=None):
@@ -200,18 +151,16 @@ def main(argv=None):
     parser.add_argument("--torchrun", action="store_true", help="two processes under torchrun, a worker is killed")
     args = parser.parse_args(argv)
     before, began = os.getcwd(), time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        Project(folder, None)
+    with tempfile.TemporaryDirectory() as folder:
+        Project(Path(folder), None)
         os.chdir(folder)
         try:
-            figures = (survive_torchrun if args.torchrun else survive)(folder, args.kills, args.seed)
-            found = differences(folder / "out", folder / "whole") if figures["exit_status"] == 0 else ["no end"]
-            output = (folder / "output.txt").read_text(encoding="utf-8")
+            figures = (survive_torchrun if args.torchrun else survive)(args.kills, random.Random(args.seed))
+            found = differences() if figures["exit_status"] == 0 else ["the exit status"]
+            output = Path("output.txt").read_text(encoding="utf-8")
         finally:
             os.chdir(before)
-    figures |= dict(seconds=round(time.monotonic() - began), equal="no" if found else "yes")
-    for key, value in figures.items():
+    for key, value in (figures | dict(seconds=round(time.monotonic() - began), equal="no" if found else "yes")).items():
         print(f"{key.replace('_', ' '):<24}{value:>8}")
     if found:
         print(f"differs: {', '.join(found)}\n{output}", file=sys.stderr)

@@ -18,7 +18,7 @@ settings.load_profile("shared machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dataset=tiny --device=cpu --dtype=float32 --compile=False --n_layer=1 --n_head=2 --n_embd=32 "
-        "--ngram=3 --ngram_rows=64 --block_size=16 --batch_size=4 --max_iters=20 --eval_interval=10 --log_interval=5 "
+        "--ngram=3 --ngram_buckets=64 --block_size=16 --batch_size=4 --max_iters=20 --eval_interval=10 --log_interval=5 "
         "--warmup_iters=2").split()
 CHARS = "\n abcdefghijklmnopqrstuvwxyzé€😀"
 TIMINGS = {"elapsed", "tokens_per_second"}  # the keys of a log line that no two runs share
@@ -74,15 +74,15 @@ class Project:
     def settings(self, *argv):
         """The Settings of a tiny run, with what `argv` changes, as train() completes them from the data."""
         import train
-        s = train.override(train.Settings(), [*TINY, *argv])
-        s.vocab_size = s.vocab_size or train.read_meta(s)[1]["vocab_size"]
+        s = train.parse_args(train.Settings(), [*TINY, *argv])
+        s.vocab_size = s.vocab_size or train.read_meta(s.dataset)[1]["vocab_size"]
         return s
 
     def split(self, name, *argv):
-        """A Split of the dataset."""
+        """The TokenDataset of a split."""
         import train
-        folder, meta = train.read_meta(self.settings(*argv))
-        return train.Split(folder, name, meta)
+        folder, meta = train.read_meta(self.settings(*argv).dataset)
+        return train.TokenDataset(folder, name, meta)
 
     def train(self, *argv, status=0):
         """Run train.py on tiny settings and what `argv` changes. Returns what it wrote to (stdout, stderr)."""
@@ -124,15 +124,15 @@ class Project:
     def signal_at(self, monkeypatch, step, *numbers):
         """Have this process receive the signals during the update that follows `step` others."""
         import train
-        real = train.learning_rate
+        real = train.get_lr
 
-        def learning_rate(now, s):
+        def get_lr(now, s):
             if now == step:
                 for number in numbers:
                     signal.raise_signal(number)
             return real(now, s)
 
-        monkeypatch.setattr(train, "learning_rate", learning_rate)
+        monkeypatch.setattr(train, "get_lr", get_lr)
 
 
 def same(a, b):
@@ -173,7 +173,7 @@ def project(tmp_path, monkeypatch, capsys, torch_state):
                 "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(key, raising=False)
     import train
-    monkeypatch.setattr(train, "draw_losses", lambda *args: None)  # takes longer than a tiny run; see test_pictures.py
+    monkeypatch.setattr(train, "plot_losses", lambda *args: None)  # takes longer than a tiny run; see test_pictures.py
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield Project(tmp_path, capsys)

@@ -1,15 +1,15 @@
-"""The benchmarks start, and read logs rightly. What they measure is nobody's test: no time is asserted here."""
+"""The benchmarks run at tiny sizes and read logs correctly. No test asserts a time."""
 import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 BENCH = ROOT / "tests" / "bench"
 SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if path.name != "common.py")
-# A checkout as char_cpu.py needs it, of a model that is a table: all that nanoGPT's has of its own is its interface.
+# A checkout with nanoGPT's interface, of a model that is a table.
 MODEL = """
 from dataclasses import dataclass
 import torch
@@ -18,6 +18,11 @@ import torch
 class GPTConfig:
     block_size: int = 4
     vocab_size: int = 8
+    n_layer: int = 1
+    n_head: int = 1
+    n_embd: int = 1
+    dropout: float = 0.0
+    bias: bool = False
 
 class GPT(torch.nn.Module):
     def __init__(self, config):
@@ -27,85 +32,102 @@ class GPT(torch.nn.Module):
     def forward(self, idx, targets):
         logits = self.table(idx)
         return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def generate(self, idx, max_new_tokens, temperature, top_k):
+        return idx
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.SGD(self.parameters(), lr=learning_rate)
 """
 TRAIN = """
-import sys, torch
+import numpy, torch
 from model import GPT, GPTConfig
-model = GPT(GPTConfig(vocab_size=int(sys.argv[1])))
+vocab_size = int(numpy.fromfile("data/shakespeare_char/train.bin", "uint16").max()) + 1
+model = GPT(GPTConfig(vocab_size=vocab_size))
 torch.nn.init.zeros_(model.table.weight)
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+print("tokens per iteration will be: 4\\nstep 0: train loss 1.0, val loss 1.0")
 for i in range(5):
     x = torch.zeros(1, 4, dtype=torch.long)
     model(x, x)[1].backward()
     optimizer.step()
     print(f"iter {i}: loss 1.0, time 1.00ms, mfu 0.00%")
 """
+PREPARE = """
+import numpy
+text = open("input.txt", encoding="utf-8", newline="").read()
+ids = numpy.array([sorted(set(text)).index(c) for c in text], "uint16")
+ids[:len(text) * 9 // 10].tofile("train.bin")
+ids[len(text) * 9 // 10:].tofile("val.bin")
+"""
 
 
-def bench(name, monkeypatch):
-    """A benchmark as a module. Its folder comes last on the path: sample.py and prepare.py stay the repository's."""
+@pytest.fixture
+def bench(monkeypatch):
+    """Load a benchmark as a module. Its folder is last on the path: sample.py and prepare.py are the repository's."""
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
     monkeypatch.setattr(sys, "path", [*sys.path, str(BENCH)])
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load
 
 
 @pytest.fixture
-def common(monkeypatch):
-    return bench("common", monkeypatch)
+def nanogpt(project):
+    """A checkout of the model above, with project's text."""
+    checkout = project.path / "nanoGPT"
+    data = checkout / "data" / "shakespeare_char"
+    data.mkdir(parents=True)
+    for path, text in ((checkout / "model.py", MODEL), (checkout / "train.py", TRAIN), (data / "prepare.py", PREPARE),
+                       (data / "input.txt", project.text)):
+        path.write_bytes(text.encode())
+    subprocess.run([sys.executable, "prepare.py"], cwd=data, check=True)
+    return checkout
 
 
 @pytest.fixture
-def char_cpu(monkeypatch):
-    return bench("char_cpu", monkeypatch)
+def measure(bench, project):
+    """Run a benchmark with these flags. Returns its figures."""
+    def run(name, *flags):
+        path = project.path / "figures.json"
+        assert bench(name).main([*flags, f"--json={path}"]) == 0
+        return json.loads(path.read_text(encoding="utf-8"))
 
-
-@pytest.fixture
-def char_loss(monkeypatch):
-    return bench("char_loss", monkeypatch)
-
-
-@pytest.fixture
-def step(monkeypatch):
-    return bench("step", monkeypatch)
-
-
-def curve(*points):
-    return [dict(step=step, seconds=seconds, val_loss=loss) for step, seconds, loss in points]
+    (project.path / "text.txt").write_text(project.text, encoding="utf-8")
+    return run
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_benchmark_explains_itself(name):
+def test_every_benchmark_has_help(name):
     done = subprocess.run([sys.executable, BENCH / name, "--help"], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert "--json" in done.stdout and f"python tests/bench/{name}" in done.stdout
 
 
-def test_spread_and_table(common):
+def test_spread_and_table(bench):
+    common = bench("common")
     assert common.spread([4, 1, 2]) == "2.0 (1.0 to 4.0)"
     assert common.spread([1234.5], 0) == "1,234" and common.spread([None]) == "-"
     assert common.summary([3, None, 1]) == dict(median=2, least=1, most=3, all=[3, 1]) and common.summary([]) is None
     assert common.table([["", "MB/s"], ["prepare.py", 163]]) == "            MB/s\nprepare.py   163"
+    assert common.peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and common.peak_flops("Radeon") is None
 
 
-def test_facts_hold_what_a_figure_needs(common):
-    found = common.facts(n=3)
-    assert {"cores", "chip", "torch", "python", "date", "load_before", "n"} == found.keys()
-    assert common.fact_line(dict(load_before=0.1, n=3)) == "load before 0.1, n 3"
+def test_seconds_of_a_run_count_from_launch(bench, project):
+    common = bench("common")
+    records = common.run_train(TINY, project.path, project.path / "out")
+    startup = {round(r["seconds"] - r["elapsed"], 6) for r in records}
+    assert len(startup) == 1 and startup.pop() > 0
+    assert [point["step"] for point in common.curve_of(records, 64)] == [10, 20]
 
 
-def test_a_launched_command_is_stopped_once_it_has_said_enough(common, tmp_path):
-    lines, seconds = common.launch(["-c", "print('a'); print('b')"], tmp_path)
-    assert [line for _, line in lines] == ["a", "b"] and 0 < lines[0][0] <= lines[1][0] <= seconds
-    lines, _ = common.launch(["-c", "import time; print('a'); time.sleep(60)"], tmp_path, enough=lambda: True)
-    assert [line for _, line in lines] == ["a"]
-    with pytest.raises(SystemExit, match="status 3:\nwhy"):
-        common.launch(["-c", "print('why'); raise SystemExit(3)"], tmp_path)
-
-
-def test_passing_is_the_first_evaluation_below_the_target_or_interpolated(char_cpu):
-    found = curve((50, 10, 2.4), (100, 20, 2.0), (150, 30, 1.6), (200, 40, 1.9), (250, 50, 1.5))
+def test_passing_is_the_first_evaluation_below_the_target_or_interpolated(bench):
+    char_cpu = bench("char_cpu")
+    points = (50, 10, 2.4), (100, 20, 2.0), (150, 30, 1.6), (200, 40, 1.9), (250, 50, 1.5)
+    found = [dict(step=step, seconds=seconds, val_loss=loss) for step, seconds, loss in points]
     assert char_cpu.passing(found, 1.88) == (30, 150)
     assert char_cpu.passing(found, 1.8, interpolate=True) == pytest.approx((25, 125))
     assert char_cpu.passing(found, 2.5) == char_cpu.passing(found, 2.5, interpolate=True) == (10, 50)
@@ -113,85 +135,70 @@ def test_passing_is_the_first_evaluation_below_the_target_or_interpolated(char_c
     assert char_cpu.at(found, 39.9)["step"] == 150 and char_cpu.at(found, 9) is None
 
 
-def test_both_sides_logs_are_read(char_cpu):
-    lines = [(3.0, "step 0: train loss 4.2, val loss 4.3"), (3.5, "iter 0: loss 4.2, time 500.00ms, mfu -100.00%"),
-             (4.0, "iter 1: loss 4.1, time 5.00ms, mfu 0.01%"), (4.1, "step 2: train loss 4.0, val loss 4.1")]
-    assert char_cpu.their_seconds(lines) == {1: 3.5, 2: 4.0}
-    assert [line[:6] for line in char_cpu.their_estimates(lines)] == ["step 0", "step 2"]
-    records = [dict(step=5, val_loss=None, elapsed=1.0), dict(step=10, val_loss=2.5, elapsed=2.0),
-               dict(step=20, val_loss=2.0, elapsed=3.0)]
-    lines = [(0.9, "model      803,072 parameters"), (1.1, "       5  3.0000"), (2.1, "      10  2.6000  2.5000")]
-    assert char_cpu.our_curve(records, lines, 7) == [
-        dict(step=10, seconds=2.1, tokens=70, val_loss=2.5), dict(step=20, seconds=3.0, tokens=140, val_loss=2.0)]
-
-
-def test_the_table_says_never_and_how_much_sooner_at_least(char_cpu):
-    theirs = dict(side="nanoGPT", parameters=4, seconds=[60.0, 62.0], passed=[None, None], end=[1.9, 1.9])
-    ours = dict(side="train.py", parameters=3, sprint_parameters=2, passed=[(30.0, 300), (32.0, 300)], end=[1.7, None])
-    heads, first, second = char_cpu.shown(theirs, ours, 1.88)
-    assert heads[2] == "seconds to 1.88" and "61.0 s" in heads[-1]
-    assert first[2] == "never" and first[4] == "-"
-    assert second[1] == "2 then 3" and second[2].startswith("31.0 (30.0") and second[4] == "more than 1.97 x"
-    theirs["passed"] = [(59.0, 1900), None]
-    assert char_cpu.shown(theirs, ours, 1.88)[1][2] == "59.0, 1 of 2 runs"
-    assert char_cpu.shown(theirs, ours, 1.88)[2][4] == "1.90 x"
-
-
-def test_copies_of_another_trainers_weights_are_evaluated_over_the_whole_split(char_cpu, common, project):
-    folder, checkout, copies = project.path / "data" / "tiny", project.path / "other", project.path / "copies"
-    vocab = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["vocab_size"]
-    checkout.mkdir()
-    copies.mkdir()
-    (checkout / "model.py").write_text(MODEL, encoding="utf-8")
-    (checkout / "train.py").write_text(TRAIN, encoding="utf-8")
-    lines, _ = common.launch(["-c", char_cpu.COPYING, copies, 2, "train.py", vocab], checkout)
-    assert list(char_cpu.their_seconds(lines)) == [1, 2, 3, 4, 5]
-    losses, parameters = char_cpu.evaluated(copies, checkout, folder, vocab)
-    assert list(losses) == [2, 4, 5] and parameters == vocab**2
+def test_copies_of_another_trainers_weights_are_evaluated_over_the_whole_split(bench, nanogpt, project):
     import numpy as np
     import torch
+    char_cpu, copies = bench("char_cpu"), project.path / "copies"
+    copies.mkdir()
+    lines, _ = bench("common").launch(["-c", char_cpu.COPYING, copies, 2, "train.py"], nanogpt)
+    assert list(char_cpu.their_seconds(lines)) == [1, 2, 3, 4, 5] and len(char_cpu.their_estimates(lines)) == 1
+    vocab = len(set(project.text))
+    losses, parameters = char_cpu.evaluated(copies, nanogpt, project.path / "data" / "tiny", vocab)
+    assert list(losses) == [2, 4, 5] and parameters == vocab**2
     table = torch.load(copies / "5.pt", weights_only=True)["model"]["table.weight"].double()
-    ids = torch.from_numpy(np.fromfile(folder / "val.bin", np.uint8).astype(np.int64))
+    ids = torch.from_numpy(np.fromfile(project.path / "data" / "tiny" / "val.bin", np.uint8).astype(np.int64))
     assert losses[5] == pytest.approx(torch.nn.functional.cross_entropy(table[ids[:-1]], ids[1:]).item(), abs=1e-6)
 
 
-def test_the_best_loss_and_the_target_are_read_from_a_log(char_loss):
-    records = [dict(step=10, val_loss=None, elapsed=45.0, tokens_per_second=200),
-               dict(step=20, val_loss=1.6, elapsed=51.0, tokens_per_second=200),
-               dict(step=40, val_loss=1.4, elapsed=60.0, tokens_per_second=200),
-               dict(step=60, val_loss=1.5, elapsed=70.0, tokens_per_second=200)]
-    row = char_loss.row_of(records, 1.4697, tokens_per_step=100)
-    assert (row["best"], row["step"], row["last"], row["elapsed"]) == (1.4, 40, 1.5, 70.0)
-    assert (row["step_to_target"], row["seconds_to_target"]) == (40, 60.0)
-    assert row["start"] == 40.0 and row["less_start"] == 20.0  # ten steps of half a second came before the first line
-    none = char_loss.row_of(records, 1.3, tokens_per_step=100)
-    assert none["step_to_target"] is None and none["less_start"] is None
-    assert char_loss.start_of(records[1:], 100) is None
+def test_the_best_loss_and_the_target_are_read_from_a_log(bench):
+    char_loss = bench("char_loss")
+    points = (10, None, 5.0), (20, 1.6, 11.0), (40, 1.4, 20.0), (60, 1.5, 30.0)
+    records = [dict(step=step, val_loss=loss, elapsed=elapsed, seconds=elapsed + 40) for step, loss, elapsed in points]
+    row, none = (char_loss.row_of(records, target, tokens_per_step=100) for target in (1.4697, 1.3))
+    assert (row["best"], row["step"], row["last"], row["seconds"]) == (1.4, 40, 1.5, 70.0)
+    assert (row["step_to_target"], row["seconds_to_target"], row["less_start"]) == (40, 60.0, 20.0)
     lines = char_loss.shown([dict(row, seed=1), dict(none, seed=2)], 1.4697)
-    assert lines[1][0] == "1" and lines[2][3] == "-" and lines[3][1].startswith("1.4000 ± 0.0000")
-    assert lines[3][3] == "40, 1 of 2"
+    assert lines[2][3] == "-" and lines[3][1].startswith("1.4000 ± 0.0000") and lines[3][3] == "40, 1 of 2"
 
 
-def test_a_config_is_run_over_seeds(char_loss, project):
-    found = project.path / "figures.json"
-    assert char_loss.main(["--config=config/ladder/1_bigram.py", f"--data={project.path / 'data' / 'tiny'}",
-                           "--seeds=1", "--target=9", f"--json={found}", *project.tiny, "--max_iters=10"]) == 0
-    figures = json.loads(found.read_text(encoding="utf-8"))
-    assert figures["rows"][0]["step_to_target"] == 10 and figures["best"]["mean"] == figures["rows"][0]["best"]
+def test_a_config_is_run_over_seeds(measure):
+    found = measure("char_loss", "--config=config/ladder/1_bigram.py", "--data=data/tiny", "--seeds=1", "--target=9",
+                    *TINY, "--max_iters=10")
+    assert found["rows"][0]["step_to_target"] == 10 and found["best"]["mean"] == found["rows"][0]["best"]
 
 
-def test_a_step_of_a_tiny_model_is_measured(step, tmp_path, capsys):
-    found = tmp_path / "figures.json"
-    assert step.main(["--size=1x2x16x8x65", "--batch=2", "--steps=2", "--n=1", "--threads=1", "--device=cpu",
-                      f"--json={found}", "--optimizer=adamw"]) == 0
-    figures = json.loads(found.read_text(encoding="utf-8"))
-    [turn] = figures["sides"]["train.py"]["turns"]
-    assert turn["tokens_per_second"] > 0 and turn["context"] == 8 and turn["of"] == "matmul"
-    assert figures["facts"]["settings"] == "--optimizer=adamw" and "train.py" in capsys.readouterr().out
+def test_a_step_is_measured_beside_nanogpt(bench, measure, nanogpt):
+    assert bench("step").flops_per_token(1, 2, 16, 8, 65) == 6 * (12 * 16**2 + 65 * 16) + 12 * 16 * 8
+    found = measure("step", "--size=1x2x16x8x65", "--batch=2", "--steps=2", "--n=1", "--threads=1", "--device=cpu",
+                    f"--nanogpt={nanogpt}", "--optimizer=adamw")
+    for side in ("nanoGPT", "train.py"):
+        [turn] = found["sides"][side]["turns"]
+        assert turn["tokens_per_second"] > 0 and turn["context"] == 8 and turn["of"] == "matmul"
+    assert {"cores", "chip", "torch", "python", "date", "load_before", "n"} < found["facts"].keys()
+    assert found["facts"]["settings"] == "--optimizer=adamw"
 
 
-def test_the_work_of_a_step_is_that_of_its_shape(step):
-    assert step.shape_of("1x2x16x8x65") == (1, 2, 16, 8, 65)
-    assert step.flops_per_token(1, 2, 16, 8, 65) == 6 * (12 * 16**2 + 65 * 16) + 12 * 16 * 8
-    with pytest.raises(SystemExit):
-        step.main(["--size=11M"])
+def test_sampling_is_measured_beside_nanogpt(measure, nanogpt):
+    found = measure("sample", "--size=0.8M", "--batch=1,2", "--tokens=66", "--n=1", "--device=cpu",
+                    f"--nanogpt={nanogpt}")
+    for result in found["results"]:
+        for side in ("nanoGPT", "sample.py"):
+            assert min(min(speeds) for speeds in result["tokens_per_second"][side].values()) > 0
+
+
+@pytest.mark.slow
+def test_a_run_is_compared_with_nanogpt(measure, nanogpt):
+    found = measure("char_cpu", f"--nanogpt={nanogpt}", "--text=text.txt", "--n=1", "--target=9", "--resolution=2",
+                    f"--our_flags={' '.join([*TINY, '--dataset=char'])}")
+    theirs, ours = found["sides"]
+    assert [point["step"] for point in theirs["curves"][0]] == [2, 4, 5] and found["same_losses"]
+    assert ours["passed"][0][1] == 10 and len(ours["curves"][0]) == 2
+
+
+@pytest.mark.slow
+def test_settings_and_numbers_of_processes_are_compared(measure):
+    found = measure("ablations", f"--flags={' '.join([*TINY, '--dataset=char'])}", "--changes=ngram=1+norm=layernorm",
+                    "--text=text.txt")
+    assert [run["change"] for run in found["runs"]] == ["", "ngram=1+norm=layernorm"]
+    found = measure("scaling", "--processes=1,2", "--n=1", "--steps=1", "--rounds=1", "--n_layer=1", "--n_embd=16")
+    assert [row["processes"] for row in found["measured"]] == [1, 2]

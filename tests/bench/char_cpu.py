@@ -1,20 +1,19 @@
 """Seconds from launch to a validation loss, and the loss after nanoGPT's time: train.py and nanoGPT on one CPU.
 
-    python tests/bench/char_cpu.py --nanogpt=../nanoGPT                 tiny Shakespeare, fetched by prepare.py
+    python tests/bench/char_cpu.py --nanogpt=../nanoGPT                 tiny Shakespeare, downloaded by prepare.py
     python tests/bench/char_cpu.py --nanogpt=../nanoGPT --text=input.txt --sprint=config/my_short_run.py --n=5
 
-nanoGPT runs the CPU command of its README, word for word, in a copy of its checkout, on what its own script made of the
-same text. Its time is the clock's from launch to each "iter" line, imports included, with nothing hooked into it. What
-its weights are worth comes from one more run, which is not timed: same seed, same steps, and every --resolution steps
-a copy of the weights, which our train.evaluate then reads over the whole validation split. Both runs print the same
-estimates if they are the same run; a note says so where they do not. So nanoGPT is not charged for the whole-split
-evaluations: its time holds only the random batches that its own log asks for, and the moment of passing is
-interpolated between two copies.
+nanoGPT runs the CPU command of its README in a copy of its checkout, on data that its own script prepared from the same
+text. Its time is measured from launch to each "iter" line, imports included, without hooks. Its validation losses come
+from another run, which is not timed: same seed and steps, and a copy of the weights every --resolution steps, which
+train.evaluate evaluates on the whole validation split. If the estimates that the two runs print differ, a note says so.
+So nanoGPT's time does not include whole-split evaluations, only those on random batches that its command asks for, and
+the time at which it passes the target is interpolated between two copies.
 
-train.py is charged for everything: its evaluations of the whole split are within its time, and it has passed when the
-first one below the target has been printed. Three kinds of run take turns, n times: nanoGPT; --sprint with an
-evaluation every --eval_interval steps, ended once it passed; and --config as it is, whose last validation loss before
-nanoGPT's end (of the same turn) is compared with nanoGPT's last. Each model is evaluated in windows of its own context.
+The time of train.py includes everything from launch: it has passed the target when the first evaluation of the whole
+split below it is logged. Three kinds of run alternate, n times: nanoGPT; --sprint with an evaluation every
+--eval_interval steps, stopped once it has passed; and --config unchanged, whose last validation loss before the end of
+nanoGPT's run of the same turn is compared with nanoGPT's last. Models are evaluated in windows of their own context.
 """
 import argparse
 import contextlib
@@ -29,12 +28,14 @@ from pathlib import Path
 from common import (
     ROOT,
     config_file,
+    curve_of,
     fact_line,
     facts,
     launch,
     log_of,
     nanogpt_model,
     prepared,
+    run_train,
     size_of,
     spread,
     summary,
@@ -45,7 +46,7 @@ from common import (
 COMMAND = ("train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
            "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
            "--dropout=0.0").split()
-# Runs nanoGPT's train.py as it is; after every so many updates, and at the end, the weights go to a folder.
+# Runs nanoGPT's train.py unchanged and saves the weights to a folder every so many updates and at the end.
 COPYING = """
 import dataclasses, runpy, sys, torch, model
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -79,22 +80,12 @@ def their_seconds(lines):
 
 
 def their_estimates(lines):
-    """The lines in which nanoGPT says its losses."""
+    """The lines in which nanoGPT prints its estimates of the losses."""
     return [line for _, line in lines if re.match(r"step \d+:", line)]
 
 
-def our_curve(records, lines, tokens_per_step):
-    """The evaluations of a run of train.py, with the seconds from launch to the line in which each was printed."""
-    printed = {}
-    for seconds, line in lines:
-        if match := re.match(r" *(\d+) ", line):
-            printed[int(match[1])] = seconds
-    return [dict(step=r["step"], seconds=printed.get(r["step"], r["elapsed"]), tokens=r["step"] * tokens_per_step,
-                 val_loss=r["val_loss"]) for r in records if r["step"] and r["val_loss"] is not None]
-
-
 def passing(curve, target, interpolate=False):
-    """(seconds, step) of a curve's first point below the target, or of the line to it crossing; None if there is none.
+    """(seconds, step) of the first point of a curve below the target, or interpolated; None if there is none.
 
     >>> passing([dict(step=0, seconds=0, val_loss=3), dict(step=10, seconds=4, val_loss=1)], 2, interpolate=True)
     (2.0, 5.0)
@@ -111,31 +102,30 @@ def passing(curve, target, interpolate=False):
 
 
 def at(curve, seconds):
-    """The last point of a curve that was there by then, or None."""
+    """The last point of a curve up to then, or None."""
     return next((point for point in reversed(curve) if point["seconds"] <= seconds), None)
 
 
 def evaluated(folder, checkout, data, vocab):
-    """{updates: loss over the whole validation split} of the copies in a folder, and how many parameters they have."""
+    """{updates: loss over the whole validation split} of the copies in a folder, and their number of parameters."""
     import train
 
     module, found = nanogpt_model(checkout), {}
     s = train.Settings(dataset=str(data), vocab_size=vocab, batch_size=64)
-    data, meta = train.read_meta(s)
-    split = train.Split(data, "val", meta)
+    data, meta = train.read_meta(s.dataset)
+    split = train.TokenDataset(data, "val", meta)
     for path in sorted(folder.glob("*.pt"), key=lambda path: int(path.stem)):
         copy = train.torch.load(path, weights_only=True)
-        with contextlib.redirect_stdout(io.StringIO()):  # it says its size each time
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its size
             model = module.GPT(module.GPTConfig(**copy["args"]))
         model.load_state_dict(copy["model"])
         s.block_size = copy["args"]["block_size"]
-        with train.torch.no_grad():
-            found[int(path.stem)] = train.evaluate(model, split, s, train.World())
+        found[int(path.stem)] = train.evaluate(model, split, s, train.World())
     return found, sum(p.numel() for p in model.parameters())
 
 
 class Bench:
-    """Both sides' folders, made ready to run in."""
+    """The folders that both sides run in."""
 
     def __init__(self, folder, args):
         self.folder, self.args, self.theirs = folder, args, folder / "nanogpt"
@@ -169,18 +159,18 @@ class Bench:
         return lines, *evaluated(copies, self.theirs, self.folder / "data" / "char", self.meta["vocab_size"])
 
     def ours(self, argv, target=None):
-        """One run of train.py, ended when it passes a target. Returns the curve of its evaluations."""
+        """One run of train.py, stopped when it passes a target. Returns the curve of its evaluations."""
         out = Path(tempfile.mkdtemp(prefix="out-", dir=self.folder))
 
         def passed():
             return any(r["val_loss"] is not None and r["val_loss"] < target for r in log_of(out)[-1:])
 
-        lines, _ = launch([ROOT / "train.py", *argv, f"--out_dir={out}"], self.folder, target and passed)
-        return our_curve(log_of(out), lines, size_of(argv, self.meta["vocab_size"])[1])
+        records = run_train(argv, self.folder, out, target and passed)
+        return curve_of(records, size_of(argv, self.meta["vocab_size"])[1])
 
 
 def measured(bench, args, config, sprint):
-    """All runs, in turns. Returns the two sides' rows."""
+    """All runs, alternating. Returns the results of both sides."""
     losses_lines, losses, parameters = bench.nanogpt_losses()
     said = next(match for _, line in losses_lines if (match := re.search(r"per iteration will be: ([\d,]+)", line)))
     tokens = int(said[1].replace(",", ""))
@@ -222,7 +212,7 @@ def shown(theirs, ours, target):
         if passed and side is ours:
             mine = statistics.median(point[0] for point in passed)
             other = [point[0] for point in theirs["passed"] if point]
-            # what never passed took longer than all of its time
+            # a run that never passed would take longer than it did
             ratio = f"{statistics.median(other) / mine:.2f} x" if other else f"more than {end / mine:.2f} x"
         count = f"{side['parameters']:,}"
         if side.get("sprint_parameters", side["parameters"]) != side["parameters"]:
@@ -233,7 +223,7 @@ def shown(theirs, ours, target):
 
 
 def picture(theirs, ours, target, known, path):
-    """Draw the two sides' curves, the median turn's by its end, over seconds since launch."""
+    """Plot the curve of each side whose end is the median, over seconds since launch."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -268,7 +258,7 @@ def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", required=True, type=Path, help="a checkout of nanoGPT; it is copied, not changed")
-    parser.add_argument("--text", type=Path, help="a UTF-8 file (default: what prepare.py fetches)")
+    parser.add_argument("--text", type=Path, help="a UTF-8 file (default: prepare.py's)")
     parser.add_argument("--config", default="config/train_char_cpu.py",
                         help="of train.py, for the loss at nanoGPT's end (default: %(default)s)")
     parser.add_argument("--sprint", help="of train.py, for the time to the target (default: that of --config)")
@@ -277,9 +267,9 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=3, help="turns (default: %(default)s)")
     parser.add_argument("--resolution", type=int, default=50,
                         help="steps between two copies of nanoGPT's weights (default: %(default)s)")
-    parser.add_argument("--their_flags", default="", help="more words for nanoGPT's command, for a short trial")
-    parser.add_argument("--our_flags", default="", help="more words for train.py's commands, likewise")
-    parser.add_argument("--picture", help="a PNG file to draw the curves into; needs matplotlib")
+    parser.add_argument("--their_flags", default="", help="more arguments of nanoGPT, for a short trial")
+    parser.add_argument("--our_flags", default="", help="more arguments of train.py, likewise")
+    parser.add_argument("--picture", help="plot the curves to this PNG file; needs matplotlib")
     parser.add_argument("--json", default="bench-char-cpu.json", help="file to write (default: %(default)s)")
     args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))

@@ -1,6 +1,6 @@
-"""What the benchmarks share: a machine's facts, medians with their spread, tables, JSON files, runs in other processes.
+"""Shared by the benchmarks: facts about the machine, medians and ranges, tables, JSON files, runs in child processes.
 
-Importing it imports neither torch nor train.py, so that what a child process weighs is its own.
+Importing it imports neither torch nor train.py, which keeps the memory of child processes their own.
 """
 import collections
 import datetime
@@ -24,7 +24,7 @@ def cores():
 
 
 def chip():
-    """The processor's name, as far as the system says it."""
+    """The name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -33,7 +33,7 @@ def chip():
 
 
 def facts(**more):
-    """What a figure needs beside it. Called before measuring, because the load is that of the machine without us."""
+    """What a figure is reported with. Call it before measuring: the load is that of other programs."""
     try:
         torch = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
@@ -49,7 +49,7 @@ def fact_line(found):
 
 
 def spread(values, digits=1):
-    """The median and, of several values, the least and most: [1, 2, 4] -> "2.0 (1.0 to 4.0)"; "-" of none."""
+    """The median and, of several values, the range: [1, 2, 4] -> "2.0 (1.0 to 4.0)"; "-" of none."""
     values = [value for value in values if value is not None]
     if not values:
         return "-"
@@ -64,7 +64,7 @@ def summary(values):
 
 
 def table(rows):
-    """Rows of words, the first being the heads, as aligned lines: the first column to the left, the rest to the right.
+    """Align rows, the first being the header: the first column to the left, the rest to the right.
 
     >>> print(table([["", "MB/s"], ["prepare.py", 163]]))
                 MB/s
@@ -77,13 +77,13 @@ def table(rows):
 
 
 def write(path, figures):
-    """Write figures as JSON and say where."""
+    """Write figures as JSON and print the path."""
     Path(path).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(f"written to {path}")
 
 
 def timed(command, folder):
-    """Run a Python command line in a folder. Returns its seconds and peak resident MB, None where Python can't say."""
+    """Run a Python command line in a folder. Returns its seconds and peak resident MB, None where unknown."""
     began = time.perf_counter()
     child = subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, stdout=subprocess.DEVNULL)
     peak = None
@@ -99,7 +99,7 @@ def timed(command, folder):
 def launch(command, folder, enough=None):
     """Run a Python command line in a folder. Returns its lines, each after its seconds since launch, and its seconds.
 
-    A child for which enough() turns true after a line is told to stop. Ends the program where one fails.
+    The child is terminated when enough() is true after a line. Exits if the child fails.
     """
     began, lines, stopped = time.perf_counter(), [], False
     child = subprocess.Popen([sys.executable, "-u", *map(str, command)], cwd=folder, stdout=subprocess.PIPE,
@@ -121,31 +121,59 @@ def launch(command, folder, enough=None):
     return lines, time.perf_counter() - began
 
 
+def run_train(argv, folder, out, enough=None):
+    """Run train.py as launch() does. Returns the records of its log, each with its `seconds` since launch.
+
+    `elapsed` in the log starts when the header of the table is printed, after imports and opening the data.
+    """
+    lines, _ = launch([ROOT / "train.py", *argv, f"--out_dir={out}"], folder, enough)
+    start = next(seconds for seconds, line in lines if line.split()[:2] == ["step", "loss"])
+    return [record | dict(seconds=start + record["elapsed"]) for record in log_of(out)]
+
+
+def curve_of(records, tokens_per_step):
+    """The evaluations in run_train()'s records."""
+    return [dict(step=r["step"], seconds=r["seconds"], tokens=r["step"] * tokens_per_step, val_loss=r["val_loss"])
+            for r in records if r["step"] and r["val_loss"] is not None]
+
+
 def prepared(folder, text=None):
-    """Have prepare.py write folder/data/char/, of a file or of its own corpus. Returns what its meta.json says."""
+    """Write folder/data/char/ with prepare.py, from a file or its default corpus. Returns meta.json."""
     folder.mkdir(parents=True, exist_ok=True)
     launch([ROOT / "prepare.py", *([Path(text).resolve()] if text else []), "--name=char"], folder)
     return json.loads((folder / "data" / "char" / "meta.json").read_text(encoding="utf-8"))
 
 
 def config_file(word):
-    """The whole path of a config file, named from here or from the repository."""
+    """The absolute path of a config file, relative to the current folder or to the repository."""
     return str(Path(word).resolve() if Path(word).is_file() else ROOT / word)
 
 
 def size_of(argv, vocab):
-    """The Settings of a run of train.py, its tokens a step and its model's parameters."""
+    """The Settings of a run of train.py, its tokens per step and the number of parameters."""
     import train
 
-    s = train.override(train.Settings(), argv)
+    s = train.parse_args(train.Settings(), argv)
     s.vocab_size = s.vocab_size or vocab
-    with train.torch.device("meta"):  # counted without being drawn
+    with train.torch.device("meta"):  # allocates nothing
         model = train.GPT(s)
     return s, s.batch_size * s.gradient_accumulation_steps * s.block_size, sum(p.numel() for p in model.parameters())
 
 
+def flops_per_token(n_layer, n_head, n_embd, block_size, vocab_size):
+    """Floating point operations of a training step per token: three passes over each weight, and PaLM's attention."""
+    return 6 * (12 * n_layer * n_embd**2 + vocab_size * n_embd) + 12 * n_layer * n_embd * block_size
+
+
+def peak_flops(name):
+    """Dense 16-bit operations per second of a GPU by its data sheet, or None if it is unknown."""
+    peaks = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12,
+             "3090": 71e12, "V100": 125e12, "T4": 65e12}
+    return next((peak for key, peak in peaks.items() if key in name), None)
+
+
 def log_of(folder):
-    """The lines of a run's log.jsonl as dicts; of none, no lines."""
+    """The records of a run's log.jsonl, [] if there is none."""
     path = Path(folder) / "log.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 

@@ -1,9 +1,9 @@
-"""Whether memory and open files stay flat over a long run: resident memory and files at a tenth of it and at its end.
+"""Resident memory and open files of a long run, after a tenth of the steps and at the end: they should not grow.
 
     python tests/bench/long_run.py                       50,000 tiny steps
     python tests/bench/long_run.py --steps=5000 --json=figures.json
 
-Linux only: the figures are those of /proc/self. RssAnon is what the process itself holds, VmRSS that and mapped files.
+Linux only: the figures are from /proc/self. VmRSS is RssAnon, the memory of the process itself, and mapped files.
 """
 import argparse
 import json
@@ -24,11 +24,11 @@ from conftest import Project  # noqa: E402
 import train  # noqa: E402
 
 RUN = ("--dataset=tiny --device=cpu --dtype=float32 --compile=False --ngram=1 --n_layer=1 --n_head=1 --n_embd=16 "
-       "--block_size=8 --batch_size=1 --eval_iters=1 --log_interval=100 --checkpoint_minutes=0.05").split()
+       "--block_size=8 --batch_size=1 --eval_iters=1 --log_interval=100 --save_interval_minutes=0.05").split()
 
 
 def resources():
-    """Resident memory in MB, of all kinds and the anonymous part, and the number of open files."""
+    """Resident memory in MB, all and the anonymous part, and the number of open files."""
     with open("/proc/self/status", encoding="ascii") as file:
         found = dict(line.split(":", 1) for line in file)
     files = len(os.listdir("/proc/self/fd")) - 1  # less the one that lists them
@@ -37,20 +37,20 @@ def resources():
 
 
 def measured(steps):
-    """Train that many steps in the current folder. Returns the resources by step, at a tenth of the run and its end."""
-    found, real = {}, train.learning_rate
-    train.draw_losses = lambda *args: None  # matplotlib takes 50 MB of its own at its first pictures, then no more
+    """Train in the current folder. Returns the resources by step: at a tenth, half and the end of the run."""
+    found, real = {}, train.get_lr
+    train.plot_losses = lambda *args: None  # matplotlib allocates 50 MB at its first pictures, then no more
 
-    def learning_rate(step, s):
+    def get_lr(step, s):
         if step in (steps // 10, steps // 2, steps - 1):
             found[step] = resources()
         return real(step, s)
 
-    train.learning_rate = learning_rate
+    train.get_lr = get_lr
     try:
         status = train.main([*RUN, f"--max_iters={steps}", f"--eval_interval={max(1, steps // 50)}"])
     finally:
-        train.learning_rate = real
+        train.get_lr = real
     assert status == 0, f"the run ended with status {status}"
     return found
 
@@ -59,7 +59,7 @@ def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50_000, help="length of the run (default: %(default)s)")
-    parser.add_argument("--json", help="write the figures to this file too")
+    parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args(argv)
     if not sys.platform.startswith("linux"):
         parser.error("it reads /proc, which only Linux has")

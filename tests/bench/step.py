@@ -1,20 +1,20 @@
-"""What one training step costs, of train.py and of nanoGPT at the same shape: tokens a second and peak memory.
+"""Tokens per second and peak memory of a training step, of train.py and of nanoGPT with the same shape.
 
     python tests/bench/step.py --nanogpt=../nanoGPT                             10.8M parameters, 64 x 256 tokens
     python tests/bench/step.py --nanogpt=../nanoGPT --size=0.8M --steps=300     the CPU example's shape, 12 x 64
     python tests/bench/step.py --nanogpt=../nanoGPT --size=124M --batch=32      GPT-2's shape, on a GPU
     python tests/bench/step.py --size=2x2x64x32x65 --batch=4                    layers x heads x C x T x V, ours alone
 
-A step is forward, backward, clipping and the optimizer, on tokens that are there already: reading them is left out on
-both sides. Every turn is a process of its own, which warms up, compiles if asked to, and then times --steps steps; so
-its peak memory holds one side alone: on a GPU what torch took from it, on a CPU the whole process, torch included, and
-in brackets what the step added to it. nanoGPT has its own settings: AdamW, fused on a GPU, autocast on a GPU alone.
-train.py has its defaults (Muon, one token embedding and a head of its own; at 124M a tied head, as config/train_gpt2.py
-has it); words that are not flags of this script are its settings, for example --optimizer=adamw --recompute=True.
+A step is forward, backward, clipping and the optimizer, without reading the data. Every turn is a process of its own,
+which warms up, compiles if asked to, and then times --steps steps, so that peak memory is that of one side: on a GPU
+what torch allocated, on a CPU the whole process, torch included, and in brackets what the step added. nanoGPT has its
+own settings: AdamW, fused on a GPU, autocast on a GPU only. train.py has its defaults (Muon, and tied weights at 124M
+only, as in config/train_gpt2.py) without n-grams; arguments that are not flags of this script are those of train.py,
+for example --optimizer=adamw --gradient_checkpointing=True.
 
-MFU counts 6 operations a weight of the shape's matrix products and 12 L C T for attention, a token, the same number for
-both sides, against --peak_tflops or the known peak of a GPU. Where neither is there, the column says how the step
-compares with one large matrix product after another, of the same type, measured in the same process.
+MFU counts per token 6 operations for each weight in the matrix products and 12 L C T for attention, the same number for
+both sides, relative to --peak_tflops or the known peak of the GPU. If that is unknown, the step is compared with large
+matrix products of the same dtype, measured in the same process.
 """
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import ROOT, fact_line, facts, nanogpt_model, spread, summary, table, write
+from common import ROOT, fact_line, facts, flops_per_token, nanogpt_model, peak_flops, spread, summary, table, write
 
 SIZES = {  # n_layer, n_head, n_embd, block_size, vocab_size; batch and steps on a CPU; batch and steps on a GPU
     "0.8M": ((4, 4, 128, 64, 65), (12, 200), (12, 200)),
@@ -37,7 +37,7 @@ NAMES = "n_layer", "n_head", "n_embd", "block_size", "vocab_size"
 
 
 def shape_of(size):
-    """(n_layer, n_head, n_embd, block_size, vocab_size) of a name in SIZES or of such words as 2x2x64x32x65."""
+    """(n_layer, n_head, n_embd, block_size, vocab_size) of a name in SIZES or of a word like 2x2x64x32x65."""
     if size in SIZES:
         return SIZES[size][0]
     try:
@@ -50,35 +50,30 @@ def shape_of(size):
     return shape
 
 
-def flops_per_token(n_layer, n_head, n_embd, block_size, vocab_size):
-    """Floating point operations of a step per token: three passes over each weight, and attention as PaLM counts it."""
-    return 6 * (12 * n_layer * n_embd**2 + vocab_size * n_embd) + 12 * n_layer * n_embd * block_size
-
-
 def ours(shape, batch, device, dtype, compiled, argv):
-    """A function that takes one step on (x, y), and how many parameters the model has."""
+    """A function that takes one step on (x, y), and the number of parameters."""
     import torch
 
     import train
 
-    same = dict(ngram=1, tied_head=shape[-1] > 10_000)  # of the same size: a head of its own would be a quarter more
-    s = train.override(train.Settings(batch_size=batch, **dict(zip(NAMES, shape, strict=True)), **same), argv)
+    same = dict(ngram=1, tie_weights=shape[-1] > 10_000)  # of the same size: an untied head would be a quarter more
+    s = train.parse_args(train.Settings(batch_size=batch, **dict(zip(NAMES, shape, strict=True)), **same), argv)
     model = train.GPT(s)
     model.compute_dtype = dtype
     model.to(device)
-    optimizers = train.make_optimizers(model, s)
+    optimizers = train.configure_optimizers(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    forward = train.compile_model(model, s) if compiled else model
+    forward = torch.compile(model, dynamic=False) if compiled else model
 
     def step(x, y):
         scaler.scale(forward(x, y)[1]).backward()
-        train.update(model, optimizers, scaler, s.learning_rate, s.grad_clip)
+        train.optimizer_step(model, optimizers, scaler, s.learning_rate, s.grad_clip)
 
     return step, sum(p.numel() for p in model.parameters())
 
 
 def nanogpt(checkout, shape, device, dtype, compiled):
-    """The same for nanoGPT's model.py, with the settings that its train.py has by itself."""
+    """The same for nanoGPT's model.py, with the defaults of its train.py."""
     import torch
 
     module, on_gpu = nanogpt_model(checkout), device.type == "cuda"
@@ -105,7 +100,7 @@ def nanogpt(checkout, shape, device, dtype, compiled):
 
 
 def matmul_rate(device, dtype, wait):
-    """Operations a second of large square matrix products, the fastest of several."""
+    """Operations per second of large square matrix products, the fastest of several."""
     import torch
 
     n = 8192 if device.type == "cuda" else 1024
@@ -120,8 +115,8 @@ def matmul_rate(device, dtype, wait):
 
 
 def peak_of_process():
-    """The most resident memory, in bytes, that this process has had; None where the system doesn't say."""
-    try:  # not getrusage, which on Linux begins with the parent's
+    """Peak resident memory of this process in bytes, None where unknown."""
+    try:  # not getrusage, which on Linux includes the parent's
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
@@ -133,14 +128,13 @@ def peak_of_process():
 
 
 def worker(side, args, argv):
-    """One turn of one side: a JSON line with what it measured."""
+    """One turn of one side: prints a JSON line with its measurements."""
     import torch
 
     import train
 
-    s = train.override(train.Settings(), [f"--device={args.device}", f"--dtype={args.dtype}"])
-    device = train.join_world(s).device
-    dtype = train.choose_dtype(s, device)
+    device = train.get_device(args.device)
+    dtype = train.get_compute_dtype(args, device)
     gpu = device.type == "cuda"
     compiled = gpu if args.compile == "auto" else args.compile == "True"
     if args.threads:
@@ -167,7 +161,8 @@ def worker(side, args, argv):
     seconds = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated() if gpu else peak_of_process()
     added = None if gpu or peak is None else peak - before
-    peak_rate = args.peak_tflops * 1e12 if args.peak_tflops else train.peak_flops(device, dtype)
+    known = peak_flops(torch.cuda.get_device_name(device)) if gpu and dtype != torch.float32 else None
+    peak_rate = args.peak_tflops * 1e12 or known
     rate = peak_rate or matmul_rate(device, dtype, wait)
     speed = steps * batch * shape[3] / seconds
     print(json.dumps(dict(
@@ -178,7 +173,7 @@ def worker(side, args, argv):
 
 
 def turn(side, words):
-    """One turn, in a process of its own. Returns what it measured."""
+    """One turn, in a process of its own. Returns its measurements."""
     done = subprocess.run([sys.executable, __file__, f"--worker={side}", *words], capture_output=True,
                           encoding="utf-8", errors="replace")
     if done.returncode:
@@ -208,17 +203,16 @@ def main(argv=None):
                                      allow_abbrev=False)
     parser.add_argument("--nanogpt", help="a checkout of nanoGPT to compare with")
     parser.add_argument("--size", default="10.8M", help=f"{', '.join(SIZES)}, or a shape (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=0, help="sequences a step (default: 12, 64; 4, on a GPU 32)")
-    parser.add_argument("--steps", type=int, default=0, help="timed a turn (default: 200, 3, 1; on a GPU 200, 50, 20)")
-    parser.add_argument("--warm", type=int, default=2, help="steps before them (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=0, help="sequences in a step (default: 12, 64; 4, on a GPU 32)")
+    parser.add_argument("--steps", type=int, default=0, help="in a turn (default: 200, 3, 1; on a GPU 200, 50, 20)")
+    parser.add_argument("--warm", type=int, default=2, help="warm-up steps (default: %(default)s)")
     parser.add_argument("--n", type=int, default=3, help="turns of each side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="auto", help="as in train.py (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="as in train.py; nanoGPT has it on a GPU alone "
-                        "(default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="as in train.py; for nanoGPT on a GPU only")
     parser.add_argument("--compile", default="auto", choices=("auto", "True", "False"),
                         help="torch.compile on both sides; auto: on a GPU (default: %(default)s)")
-    parser.add_argument("--peak_tflops", type=float, default=0, help="what MFU is a share of (default: as known)")
+    parser.add_argument("--peak_tflops", type=float, default=0, help="for the MFU (default: by the name of the GPU)")
     parser.add_argument("--json", default="bench-step.json", help="file to write (default: %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     words = sys.argv[1:] if argv is None else argv
