@@ -36,6 +36,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
+
 from prepare import UserError, did_you_mean, download_gpt2
 
 # Settings -----------------
@@ -116,7 +117,7 @@ RENAMED = dict(
 
 
 def literal(node):
-    """Evaluate a syntax tree that is a literal or a product of numbers. Raises ValueError and TypeError."""
+    """Evaluate a syntax tree that is a literal or a product of numbers, or raise an error."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         return float(literal(node.left)) * float(literal(node.right))
     return ast.literal_eval(node)
@@ -155,7 +156,7 @@ def parse_value(key, kind, value, where):
 
 
 def parse_args(settings, argv):
-    """Override and return `settings`, a dataclass, by config files and --key=value flags. Raises UserError."""
+    """Override the dataclass `settings` by config files and flags. Returns it. Raises UserError."""
     if "--help" in argv or "-h" in argv:
         source = "".join(inspect.getsource(cls) for cls in reversed(type(settings).__mro__[:-1]))
         print(inspect.getmodule(settings).__doc__, *re.findall(r"^    (\w+: .+ = .+)$", source, re.MULTILINE), sep="\n")
@@ -195,7 +196,7 @@ def check(s):
 # Model --------------------
 
 class Linear(nn.Linear):
-    """Casts its weight to the dtype of the input, which costs half as much as autocast in a small model."""
+    """Casts its weight to the input's dtype, at half the cost of autocast in a small model."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -248,7 +249,7 @@ class Attention(nn.Module):
             q, k, v = q.float(), k.float(), v.float()  # the bfloat16 backward pass is slow on CPUs
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        # a single query is the newest token and attends to all of the cache
+        # a single query attends to all of the cache
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
 
@@ -284,7 +285,7 @@ class Block(nn.Module):
         self.ln_2, self.mlp = (Norm(config, config.norm_affine), MLP(config)) if config.mlp else (None, None)
 
     def forward(self, x, rotation, cache):
-        # no dropout on the attention weights, which would disable the fused kernels
+        # none on the attention weights: it would disable the fused kernels
         y = F.dropout(self.attn(self.ln_1(x), rotation, cache), self.dropout, self.training)
         x = x + y if self.residual else y
         if self.mlp is None:
@@ -313,7 +314,7 @@ class NGrams(nn.Module):
         before = idx.new_zeros(len(idx), context) if cache is None else cache.previous_tokens(idx, context)
         tokens, ngram, found = torch.cat([before, idx], 1), idx, []
         for back, table in enumerate(self.tables, 1):
-            ngram = ngram * self.vocab_size + tokens[:, context - back:-back]
+            ngram = ngram * (self.vocab_size | 1) + tokens[:, context - back:-back]  # odd: no bits shift out
             found.append(table((ngram * 2654435761 % 2**32 * self.buckets) >> 32))
         return self.mix(F.dropout(torch.cat(found, -1), self.dropout, self.training))
 
@@ -457,7 +458,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def configure_optimizers(model, s):
-    """AdamW and, for the matrices in the blocks, Muon: a list with each parameter in one of them."""
+    """AdamW and, for the matrices in the blocks, Muon, as a list."""
     matrices = [p for p in model.h.parameters() if p.ndim == 2 and s.optimizer == "muon"]
     rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=s.weight_decay),
@@ -494,18 +495,18 @@ class TokenDataset:
         self.vocab_size, self.dtype, self.files = meta["vocab_size"], np.dtype(meta["dtype"]), []
         whole = dict(name=f"{split}.bin", offset=0, tokens=meta["tokens"][split])
         shards = meta["files"][split] if "files" in meta else [whole]
-        self.offsets = [shard["offset"] for shard in shards]  # bytes before the first token
-        self.ends = np.cumsum([shard["tokens"] for shard in shards])  # positions in all shards
+        self.offsets = [shard["offset"] for shard in shards]
+        self.ends = np.cumsum([shard["tokens"] for shard in shards])
         self.size = int(self.ends[-1])
         for shard in shards:
             path = folder / Path(shard["name"]).name
             size = shard["offset"] + shard["tokens"] * self.dtype.itemsize
             if not path.is_file() or path.stat().st_size != size:
                 raise UserError(f"{path} is missing or not {size:,} bytes long: run prepare.py again")
-            self.files.append(open(path, "rb"))  # kept open: a running job keeps its file
+            self.files.append(open(path, "rb"))  # a running job keeps its file
 
     def read(self, starts, length):
-        """Token ids (len(starts), length), int64; the last token is repeated past the end. Raises UserError."""
+        """Token ids (len(starts), length), int64; the last token is repeated past the end."""
         index = np.minimum(starts[:, None] + np.arange(length), self.size - 1)
         shard = np.searchsorted(self.ends, index, side="right")
         tokens = np.empty(index.shape, np.int64)
@@ -627,14 +628,14 @@ class World:
 
 
 def print0(text, file=None):
-    """Print on rank 0. A full disk or closed pipe does not end the training."""
+    """Print on rank 0. A full disk does not end the training."""
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
             print(text, file=file, flush=True)
 
 
 def get_device(name, local_rank=0, local_size=1):
-    """The torch.device of the setting `device`. Raises UserError if it is not available."""
+    """The torch.device of the setting `device`. Raises UserError."""
     gpus = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if gpus else "mps" if torch.backends.mps.is_available() and local_size == 1 else "cpu"
@@ -657,7 +658,7 @@ def init_distributed(device):
         return World(device=device)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, _, _ = next(dist.rendezvous("env://"))
-    # torchrun keeps the store, with the addresses of the previous processes, across restarts
+    # torchrun keeps the store, with old addresses, across restarts
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -677,7 +678,7 @@ def get_compute_dtype(s, device):
 # Checkpoints and pretrained weights ----
 
 def atomic_write(path, write):
-    """Call write(file) on a temporary file and rename it to path, so that path is always complete."""
+    """Call write(file) on a temporary file and rename it: path is always complete."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -714,7 +715,7 @@ def load_checkpoint(path):
     """Load a checkpoint, a dict, to the CPU. Executes no code from the file. Raises UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch does not check CRCs, and leaves weights uninitialized where an entry claims to be a folder
+            # torch checks no CRCs, and leaves weights uninitialized if an entry claims to be a folder
             if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -774,7 +775,7 @@ def load_gpt2(name):
         raise UserError(f"init_from={name}: {path} is not GPT-2 in Hugging Face's layout ({error!r:.100})") from None
     tokenizer = theirs.get("tokenizer_spec", dict(kind="tiktoken", encoding="gpt2"))  # of sample.py --export
     checkpoint = dict(config=config, tokenizer=tokenizer, model=weights)
-    model_from_checkpoint(checkpoint, path)  # raises UserError for missing and unexpected tensors
+    model_from_checkpoint(checkpoint, path)  # or UserError for missing and unexpected tensors
     return checkpoint
 
 
@@ -839,14 +840,15 @@ class Log:
     def write(self, step, **values):
         """Log the values of a step; step 0 has only a val_loss."""
         elapsed = time.monotonic() - self.start
-        record = dict(step=step, **values, elapsed=round(elapsed, 3))
+        finite = {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
+        record = dict(step=step, **finite, elapsed=round(elapsed, 3))  # JSON has no infinity
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-        except OSError as error:  # e.g. a full disk
+        except OSError as error:
             print0(f"note: {error}", sys.stderr)
         for track in self.trackers:
-            track(step, {key: value for key, value in values.items() if value is not None})
+            track(step, {key: value for key, value in finite.items() if value is not None})
         val = f"{values['val_loss']:8.4f}" if values["val_loss"] is not None else " " * 8
         if step == 0:
             return print0(f"{0:8d}{'':8}{val}")
@@ -876,7 +878,7 @@ def plot_losses(folders):
 # Training loop ------------
 
 def forward_backward(model, scaler, dataset, s, world, sequences):
-    """Accumulate the gradients of this rank's part of the global batch. Returns its part of the loss."""
+    """Accumulate gradients over this rank's part of the global batch. Returns its part of the loss."""
     global_batch = s.batch_size * s.gradient_accumulation_steps
     local = world.local_range(sequences, global_batch)
     starts = range(0, max(1, len(local)), s.batch_size)
@@ -964,7 +966,7 @@ def train(s, world, datasets, meta, checkpoint):
     stopping, received = False, []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
-    recent = []  # loss and gradient norm of each step since the last log line, on the device
+    recent = []  # loss and gradient norm since the last log line, on the device
     logged = saved = time.monotonic()
     while progress.step < s.max_iters and not stopping:
         # dropout depends on (seed, step, rank), so that there is no generator state to save
@@ -1033,7 +1035,8 @@ def configure(argv):
     check(s)
     latest, previous = Path(s.out_dir, "ckpt.pt"), Path(s.out_dir, "ckpt-previous.pt")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a failure
-    resuming = s.init_from == "resume" or latest.exists() and (s.init_from == "auto" or restarted)
+    resumable = latest.exists() or previous.exists()
+    resuming = s.init_from == "resume" or resumable and (s.init_from == "auto" or restarted)
     if s.init_from in ("scratch", "auto") and not resuming:
         return s, {}
     try:
@@ -1043,6 +1046,8 @@ def configure(argv):
             raise
         print0(f"note: {error}; resuming from {previous}", sys.stderr)
         checkpoint = load_checkpoint(previous)
+        with suppress(OSError):  # or the next save would keep the damaged one
+            os.replace(latest, Path(s.out_dir, "ckpt-damaged.pt"))
     saved = {f.name: checkpoint["config"].get(f.name, f.default) for f in fields(Settings)}
     s = parse_args(Settings(**saved | dict(out_dir=s.out_dir)), argv)
     check(s)
@@ -1055,7 +1060,7 @@ def configure(argv):
         checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"][:s.block_size]
     for name in sorted(fixed):
         if getattr(s, name) != saved[name]:
-            raise UserError(f"{name}={getattr(s, name)} contradicts the checkpoint, which has {name}={saved[name]}")
+            raise UserError(f"{name}={getattr(s, name)} contradicts the checkpoint's {saved[name]}")
     return s, checkpoint
 
 
@@ -1072,7 +1077,7 @@ def run(argv):
     if checkpoint.get("corpus_sha256", meta.get("corpus_sha256")) != meta.get("corpus_sha256"):
         print0(f"note: dataset={s.dataset} is not the text that the checkpoint was trained on", sys.stderr)
     for package in ["tensorboard"] * s.tensorboard + ["wandb"] * s.wandb_log:
-        importlib.import_module(package)  # before a previous run is moved
+        importlib.import_module(package)  # before a run is moved
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

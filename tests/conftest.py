@@ -17,8 +17,8 @@ settings.register_profile("shared machine", deadline=None, database=None,
 settings.load_profile("shared machine")
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ("--dataset=tiny --device=cpu --dtype=float32 --compile=False --n_layer=1 --n_head=2 --n_embd=32 "
-        "--ngram=3 --ngram_buckets=64 --block_size=16 --batch_size=4 --max_iters=20 --eval_interval=10 --log_interval=5 "
+TINY = ("--dataset=tiny --device=cpu --dtype=float32 --compile=False --n_layer=1 --n_head=2 --n_embd=32 --ngram=3 "
+        "--ngram_buckets=64 --block_size=16 --batch_size=4 --max_iters=20 --eval_interval=10 --log_interval=5 "
         "--warmup_iters=2").split()
 CHARS = "\n abcdefghijklmnopqrstuvwxyzé€😀"
 TIMINGS = {"elapsed", "tokens_per_second"}  # the keys of a log line that no two runs share
@@ -173,7 +173,7 @@ def project(tmp_path, monkeypatch, capsys, torch_state):
                 "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(key, raising=False)
     import train
-    monkeypatch.setattr(train, "plot_losses", lambda *args: None)  # takes longer than a tiny run; see test_pictures.py
+    monkeypatch.setattr(train, "plot_losses", lambda *args: None)  # slow; see test_pictures.py
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield Project(tmp_path, capsys)

@@ -21,7 +21,7 @@ import train
 several = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
                              reason="this torch has no gloo")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks with torch imported, or reads /proc")
-LONG = ["--max_iters=1000000", "--eval_interval=1000000", "--log_interval=1"]
+LONG = ["--max_iters=1000000", "--lr_decay_iters=1000000", "--eval_interval=1000000", "--log_interval=1"]
 
 
 # Processes forked from a server that has imported torch, which takes a second instead of ten
@@ -249,10 +249,11 @@ def test_processes_that_read_different_checkpoints_are_stopped(project):
 
 def torchrun(*argv, **options):
     """Start torchrun with these arguments, in the current folder. Returns the process."""
-    environment = dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", PYTHONIOENCODING="utf-8",
-                       TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # else no agent can join later in torch 2.13
+    environment = os.environ | dict(
+        OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", PYTHONIOENCODING="utf-8",
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # else no agent can join later in torch 2.13
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") | options
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *argv], env=os.environ | environment, **options)
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *argv], env=environment, **options)
 
 
 def launch(count, *argv):
@@ -347,10 +348,10 @@ def test_sigterm_to_torchrun_saves_a_checkpoint_that_torchrun_resumes(project):
         out, error = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in error, error
     assert out.count("3 x cpu") == out.count("best validation loss") == 1
-    project.train(*run, f"--max_iters={step + 5}", "--lr_decay_iters=1000000", "--out_dir=one")
+    project.train(*run, f"--max_iters={step + 5}", "--out_dir=one")
     assert [line["step"] for line in project.log()] == list(range(1, step + 6))
-    for a, b in zip(project.log("one")[:25], project.log(), strict=False):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
+    for a, b in zip(project.log("one"), project.log(), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-2)
 
 
 def free_port():
@@ -396,8 +397,9 @@ def test_machines_join_and_leave_an_elastic_run(project):
 @pytest.mark.slow
 def test_the_command_for_two_machines_in_the_readme(project):
     """But for the address, the number of processes and a tiny model."""
-    [line] = [line.strip() for line in (ROOT / "README.md").read_text("utf-8").splitlines() if "HOST:" in line]
-    port, words = free_port(), line.split()
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    [words] = [line.split() for line in lines if "HOST:" in line and "--nnodes=2" in line]
+    port = free_port()
     assert words[0] == "torchrun" and "--nproc_per_node=8" in words
     words = [word.replace("HOST:29400", f"127.0.0.1:{port}").replace("node=8", "node=1") for word in words[1:]]
     words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
