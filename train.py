@@ -1,7 +1,7 @@
 """Train a GPT: all of it is in this file.
 
     python prepare.py                                   # download tiny Shakespeare into data/char/
-    python train.py                                     # the defaults, on the available hardware
+    python train.py                                     # the defaults on the available hardware
     python train.py config/train_char_cpu.py            # two CPU cores, 100 seconds
     python train.py config/train_char.py --device=cuda  # 10.8M parameters, one GPU
     torchrun --nproc_per_node=4 train.py                # DDP: the same loss curve in less time
@@ -44,7 +44,7 @@ from prepare import UserError, did_you_mean, download_gpt2
 @dataclass
 class GPTConfig:
     """Settings of the model. config/gpt2.py is GPT-2."""
-    vocab_size: int = 0  # V, at least the dataset's
+    vocab_size: int = 0  # V; at least the dataset's
     vocab_multiple: int = 1  # pad the vocabulary to a multiple; 64 is faster on GPUs
     block_size: int = 64  # T, context length in tokens
     n_layer: int = 4  # transformer blocks; 0 makes a bigram model
@@ -92,7 +92,7 @@ class Settings(GPTConfig):
     cooldown_frac: float = 1.0  # wsd: fraction of steps in the final linear decay
     lr_decay_iters: int = 0  # step at which the decay ends; 0 is max_iters
     min_lr: float = 0.0  # at the end of the decay
-    # evaluation, checkpoints, log
+    # evaluation and log
     eval_interval: int = 250  # steps between evaluations and checkpoints
     save_interval_minutes: float = 10.0  # also save when this time has passed; 0 is off
     eval_iters: int = 0  # batches in an evaluation; 0 is the whole split
@@ -992,7 +992,7 @@ def train(s, world, datasets, meta, checkpoint):
         val_loss = evaluate(compiled, datasets["val"], s, world) if evaluating else None
         if not np.isfinite(losses + [val_loss or 0] + grad_norms * (not scaler.is_enabled())).all():
             raise FloatingPointError(f"the loss is not finite at step {progress.step}: lower learning_rate="
-                                     f"{s.learning_rate:g} or use --dtype=float32; ckpt.pt is intact")
+                                     f"{s.learning_rate:g} or use --dtype=float32")
         if log:
             log.write(progress.step, val_loss=val_loss, bits_per_byte=val_loss and val_loss * bits_per_byte,
                       loss=sum(losses) / len(losses), lr=lr, grad_norm=grad_norms[-1],
