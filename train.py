@@ -503,7 +503,7 @@ class TokenDataset:
             size = shard["offset"] + shard["tokens"] * self.dtype.itemsize
             if not path.is_file() or path.stat().st_size != size:
                 raise UserError(f"{path} is missing or not {size:,} bytes long: run prepare.py again")
-            self.files.append(open(path, "rb"))  # a running job keeps its file
+            self.files.append(open(path, "rb"))  # a running job keeps it
 
     def read(self, starts, length):
         """Token ids (len(starts), length), int64; the last token is repeated past the end."""
@@ -514,7 +514,7 @@ class TokenDataset:
             ids = np.memmap(self.files[i], self.dtype, "r", self.offsets[i])  # anew, or pages read stay resident
             tokens[shard == i] = ids[index[shard == i] - (self.ends[i] - len(ids))]
             if tokens[shard == i].max() >= self.vocab_size:
-                raise UserError(f"{self.files[i].name} has tokens beyond the vocabulary: run prepare.py again")
+                raise UserError(f"{self.files[i].name} has tokens beyond the vocabulary: prepare it again")
         return torch.from_numpy(tokens)
 
 
@@ -715,7 +715,7 @@ def load_checkpoint(path):
     """Load a checkpoint, a dict, to the CPU. Executes no code from the file. Raises UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch checks no CRCs, and leaves weights uninitialized if an entry claims to be a folder
+            # torch checks no CRCs, and reads no weights of an entry that claims to be a folder
             if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -938,8 +938,9 @@ def init_run(s, world, checkpoint):
 def train(s, world, datasets, meta, checkpoint):
     """Train until max_iters or a signal. Returns the exit status."""
     raw_model, optimizers, scaler, progress = init_run(s, world, checkpoint)
-    print0(f"{meta['corpus']}: {datasets['train'].size:,} training tokens. {meta.get('note', '')}")
-    print0(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {world.size} x {world.device}")
+    print0(f"{meta['corpus']}: {datasets['train'].size:,} training tokens {meta.get('note', '')}")
+    count = sum(p.numel() for p in raw_model.parameters())
+    print0(f"{count:,} parameters, {world.size} x {world.device}, {raw_model.compute_dtype}")
     compiled = raw_model
     if s.compile == "True" or s.compile == "auto" and world.device.type == "cuda":
         try:
@@ -984,7 +985,7 @@ def train(s, world, datasets, meta, checkpoint):
         flags = world.all_reduce(torch.tensor([len(received) > 0, due], dtype=torch.float32)).tolist()
         stopping, saving = flags[0] > 0, sum(flags) > 0
         if not saving and progress.step % s.log_interval:
-            continue  # without waiting for the device
+            continue  # without waiting
 
         losses, grad_norms = torch.stack(recent).T.contiguous()
         losses, grad_norms = world.all_reduce(losses).tolist(), grad_norms.tolist()
@@ -1046,7 +1047,7 @@ def configure(argv):
             raise
         print0(f"note: {error}; resuming from {previous}", sys.stderr)
         checkpoint = load_checkpoint(previous)
-        with suppress(OSError):  # or the next save would keep the damaged one
+        with suppress(OSError):  # or the next save would keep it
             os.replace(latest, Path(s.out_dir, "ckpt-damaged.pt"))
     saved = {f.name: checkpoint["config"].get(f.name, f.default) for f in fields(Settings)}
     s = parse_args(Settings(**saved | dict(out_dir=s.out_dir)), argv)

@@ -56,7 +56,6 @@ TRAIN = [
     ("--n_embd=32 --n_head=5", ["n_embd=32", "n_head=5", "--n_embd=160"]),
     ("--block_size=100000", ["block_size=100000", "more text"]),
     ("--dataset=short", ["block_size=16", "data/short", "more text"]),
-    ("--vocab_size=3", ["vocab_size=3", "leave it out"]),
     ("--device=banana", ["device=banana", "--device=auto"]),
     ("--device=cuda:1000", ["device=cuda:1000", "--device=auto"]),
     ("--init_from=resum", ["init_from=resum", "did you mean resume?"]),
@@ -80,8 +79,8 @@ TRAIN = [
     ("--init_from=resume --out_dir=absent", ["absent", "--out_dir"]),
     ("--init_from=resume --out_dir=text", ["text/ckpt.pt", "not a checkpoint"]),
     ("--init_from=resume --out_dir=folder", ["folder/ckpt.pt", "not a checkpoint"]),
-    ("--init_from=resume --n_layer=2", ["n_layer=2", "n_layer=1"]),
-    ("--init_from=resume --optimizer=adamw", ["optimizer=adamw", "optimizer=muon"]),
+    ("--init_from=resume --n_layer=2", ["n_layer=2", "1"]),
+    ("--init_from=resume --optimizer=adamw", ["optimizer=adamw", "muon"]),
     ("--init_from=resume --dataset=other", ["dataset=other", "tokenizer"]),
 ]
 SAMPLE = [
