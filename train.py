@@ -715,7 +715,7 @@ def load_checkpoint(path):
     """Load a checkpoint, a dict, to the CPU. Executes no code from the file. Raises UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch checks no CRCs, and reads no weights of an entry that claims to be a folder
+            # torch checks no CRCs, and reads no weights where an entry is marked as a folder
             if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -745,9 +745,9 @@ def model_from_checkpoint(checkpoint, path="checkpoint"):
 
 def load_gpt2(name):
     """GPT-2 as a checkpoint without optimizer state, from the hub or local files in Hugging Face's layout."""
-    path = Path(name) if os.path.exists(name) else Path("data/hub", name)
+    path = Path(name) if os.path.exists(name) else Path("data/hub", name, "model.safetensors")
     while os.environ.get("LOCAL_RANK", "0") != "0" and not path.exists():
-        time.sleep(0.2)  # local rank 0 downloads it; if that fails, torchrun ends this process
+        time.sleep(0.2)  # local rank 0 downloads it; torchrun ends this if it fails
     if not path.exists():
         path = download_gpt2(name)
     if path.is_dir():
