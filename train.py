@@ -495,9 +495,8 @@ class TokenDataset:
         self.vocab_size, self.dtype, self.files = meta["vocab_size"], np.dtype(meta["dtype"]), []
         whole = dict(name=f"{split}.bin", offset=0, tokens=meta["tokens"][split])
         shards = meta["files"][split] if "files" in meta else [whole]
-        self.offsets = [shard["offset"] for shard in shards]
-        self.ends = np.cumsum([shard["tokens"] for shard in shards])
-        self.size = int(self.ends[-1])
+        self.offsets, self.counts = [shard["offset"] for shard in shards], [shard["tokens"] for shard in shards]
+        self.ends, self.size = np.cumsum(self.counts), sum(self.counts)
         for shard in shards:
             path = folder / Path(shard["name"]).name
             size = shard["offset"] + shard["tokens"] * self.dtype.itemsize
@@ -511,7 +510,7 @@ class TokenDataset:
         shard = np.searchsorted(self.ends, index, side="right")
         tokens = np.empty(index.shape, np.int64)
         for i in np.unique(shard):
-            ids = np.memmap(self.files[i], self.dtype, "r", self.offsets[i])  # anew, or pages read stay resident
+            ids = np.memmap(self.files[i], self.dtype, "r", self.offsets[i], self.counts[i])  # frees memory
             tokens[shard == i] = ids[index[shard == i] - (self.ends[i] - len(ids))]
             if tokens[shard == i].max() >= self.vocab_size:
                 raise UserError(f"{self.files[i].name} has tokens beyond the vocabulary: prepare it again")
@@ -1045,8 +1044,8 @@ def configure(argv):
     except UserError as error:
         if not (resuming and previous.exists()):
             raise
-        print0(f"note: {error}; resuming from {previous}", sys.stderr)
         checkpoint = load_checkpoint(previous)
+        print0(f"note: {error}; resuming from {previous}", sys.stderr)
         with suppress(OSError):  # or the next save would keep it
             os.replace(latest, Path(s.out_dir, "ckpt-damaged.pt"))
     saved = {f.name: checkpoint["config"].get(f.name, f.default) for f in fields(Settings)}
@@ -1066,7 +1065,7 @@ def configure(argv):
 
 
 def run(argv):
-    """Open the dataset and out_dir, start the process group and train. Returns the exit status."""
+    """Open dataset and out_dir, start the process group and train. Returns the exit status."""
     s, checkpoint = configure(argv)
     folder, meta = read_meta(s.dataset)
     datasets = {split: TokenDataset(folder, split, meta) for split in ("train", "val")}

@@ -152,9 +152,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("links", [True, False])
-@pytest.mark.parametrize("damaged", [False, True])
-def test_a_run_killed_at_any_moment_of_a_save_leaves_a_checkpoint(trained, monkeypatch, damaged, links):
-    """ckpt.pt is intact at every moment or, if it was damaged before, ckpt-previous.pt is until a new one is there."""
+def test_a_run_killed_at_any_moment_of_a_save_leaves_a_checkpoint(trained, monkeypatch, links):
+    """ckpt.pt is intact at every moment."""
     project, data = trained
     checkpoint, previous = project.checkpoint(), (project.path / "out" / "ckpt-previous.pt").read_bytes()
     out = project.path / "out"
@@ -167,7 +166,7 @@ def test_a_run_killed_at_any_moment_of_a_save_leaves_a_checkpoint(trained, monke
         return call
 
     for limit in range(100):
-        put(project, b"" if damaged else data)
+        put(project, data)
         put(project, previous, "ckpt-previous.pt")
         with monkeypatch.context() as patch:
             calls = itertools.count()
@@ -178,8 +177,7 @@ def test_a_run_killed_at_any_moment_of_a_save_leaves_a_checkpoint(trained, monke
             with contextlib.suppress(Killed):
                 train.save_checkpoint(out, checkpoint, is_best=True)
                 break
-        assert (out / "ckpt.pt").exists()
-        assert damaged or train.load_checkpoint(out / "ckpt.pt")
+        assert train.load_checkpoint(out / "ckpt.pt")
         train.configure(["--init_from=resume", "--dataset=tiny"])  # raises UserError if neither can be loaded
         train.save_checkpoint(out, checkpoint, is_best=True)  # what was left behind is no obstacle
     assert 5 < limit < 99
