@@ -358,7 +358,7 @@ def plot_attention(maps, labels):
     figure = Figure(figsize=(H * size + 1, L * size + 1), layout="constrained")
     grid = figure.subplots(L, H, sharex=True, sharey=True, squeeze=False)
     for (layer, head), axes in np.ndenumerate(grid):
-        axes.imshow(maps[layer, head], cmap="Blues", vmin=0, vmax=1)
+        axes.imshow(maps[layer, head].numpy(), cmap="Blues", vmin=0, vmax=1)
         axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
         axes.set_xticks(range(T), labels, fontsize=6, rotation=90)
         axes.set_yticks(range(T), labels, fontsize=6)

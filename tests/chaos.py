@@ -100,8 +100,8 @@ def survive(kills, rng):
     started(steps, "--out_dir=whole").join()
     figures = dict(kills=0, in_a_save=0, checkpoints_cut=0, resumed_from_previous=0)
     while True:
-        existed, before = LATEST.exists(), marks()
-        figures["resumed_from_previous"] += existed and not loaded(LATEST)
+        intact, before = bool(loaded(LATEST)), marks()
+        figures["resumed_from_previous"] += not intact and bool(loaded(PREVIOUS))
         process = started(steps, "--init_from=auto")
         if figures["kills"] == kills:
             process.join()
@@ -113,7 +113,7 @@ def survive(kills, rng):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run ended before it was killed"
-        assert LATEST.exists() or not existed, "ckpt.pt has vanished"
+        assert loaded(LATEST) or not intact, "ckpt.pt is lost"
         figures["kills"] += 1
         figures["in_a_save"] += bool(marks() - before)
         if rng.random() < 0.1 and loaded(LATEST) and loaded(PREVIOUS) and not LATEST.samefile(PREVIOUS):

@@ -198,6 +198,19 @@ def test_a_mistake_that_all_processes_find_is_one_line(project):
     assert written.count("\n") == 1 and "block_size=100000" in written, written
 
 
+@several
+@linux
+def test_no_thread_of_the_process_group_outlives_it(project):
+    """At exit such a thread can abort the process: it takes Python's lock to free a tensor."""
+    program = ("import os, sys, train; assert train.main(sys.argv[1:]) == 0; "
+               "print(*(open(f'/proc/self/task/{i}/comm').read() for i in os.listdir('/proc/self/task')))")
+    environment = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(free_port()), PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1")
+    out = subprocess.run([sys.executable, "-c", program, *TINY], env=os.environ | environment, timeout=100, check=True,
+                         capture_output=True, encoding="utf-8").stdout
+    assert "python" in out and "gloo" not in out
+
+
 def fail(this, rank, error):
     """The third step of process `rank` raises."""
     real, calls = train.forward_backward, []
