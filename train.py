@@ -613,7 +613,6 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    store: object = None  # freed before the process group, it can abort the process at exit
 
     def local_range(self, first, count):
         """This rank's part of `count` items from `first`."""
@@ -660,8 +659,9 @@ def init_distributed(device):
     # torchrun keeps the store, with old addresses, across restarts
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    import torch.distributed.nn  # noqa: F401  imported later, it makes the process abort at exit
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return World(rank, size, device, store)
+    return World(rank, size, device)
 
 
 def get_compute_dtype(s, device):
