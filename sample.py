@@ -379,6 +379,7 @@ def plot_probabilities(p, ids, tokenizer):
     bars = below.barh(range(len(likely)), values.tolist())
     below.bar_label(bars, [f"{value:.1%}" for value in values.tolist()], padding=3)
     below.set_yticks(range(len(likely)), token_labels(tokenizer, likely.tolist()))
+    below.margins(x=0.1)
     below.invert_yaxis()
     below.set(xlabel="probability", title="most likely next tokens")
     return figure

@@ -177,7 +177,6 @@ def test_gradients_are_synchronized_once_a_step(project):
 
 @several
 @linux
-@pytest.mark.slow
 @pytest.mark.parametrize("config", sorted(path.stem for path in (ROOT / "config").rglob("*.py")))
 def test_four_processes_train_every_config_file(project, config):
     """With a batch that four do not divide evenly."""
@@ -315,7 +314,6 @@ def children(parent):
 
 @several
 @linux
-@pytest.mark.slow
 def test_a_user_error_is_printed_once_under_torchrun(project):
     process = launch(2, "--n_layr=3")
     with ended(process):

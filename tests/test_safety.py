@@ -226,41 +226,6 @@ def test_a_file_size_limit_stops_neither_the_log_nor_the_run(project, monkeypatc
     assert same(state(project, "lifted"), state(project, "whole"))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 300 KB."""
-    if not sys.platform.startswith("linux") or os.geteuid() != 0 or not shutil.which("mount"):
-        pytest.skip("needs a Linux root to mount a small file system")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
-
-
-def test_a_full_disk_keeps_the_previous_checkpoint(project, small_disk, monkeypatch):
-    """It fills up during the run; after it has space again, the run resumes with the same curve."""
-    filler, out, run = small_disk / "filler", small_disk / "out", ["--optimizer=adamw", "--eval_interval=5"]
-
-    def fill():
-        with open(filler, "wb", buffering=0) as file, pytest.raises(OSError):
-            while True:
-                file.write(bytes(1024))
-
-    run += ["--n_embd=16", "--log_interval=1"]
-    with monkeypatch.context() as patch:
-        call_at(patch, 6, fill)
-        error = project.train(*run, f"--out_dir={out}", status=1).err
-    assert "No space left" in error and "Traceback" not in error
-    assert torch.load(out / "ckpt.pt", weights_only=True)["progress"]["step"] == 5
-    filler.unlink()
-    project.train(*run, f"--out_dir={out}", "--init_from=resume")
-    shutil.copytree(out, "copy")
-    project.train(*run, "--out_dir=whole")
-    assert same(state(project, "copy"), state(project, "whole")) and project.log("copy") == project.log("whole")
-
-
 def run_process(folder, *argv, **options):
     """Run train.py on tiny settings in a process of its own. Returns the CompletedProcess."""
     return subprocess.run([sys.executable, str(ROOT / "train.py"), *TINY, *argv], cwd=folder, encoding="utf-8",
