@@ -513,7 +513,7 @@ class TokenDataset:
             ids = np.memmap(self.files[i], self.dtype, "r", self.offsets[i], self.counts[i])  # frees memory
             tokens[shard == i] = ids[index[shard == i] - (self.ends[i] - len(ids))]
             if tokens[shard == i].max() >= self.vocab_size:
-                raise UserError(f"{self.files[i].name} has tokens beyond the vocabulary: prepare it again")
+                raise UserError(f"{self.files[i].name} has tokens beyond the vocabulary: rerun prepare.py")
         return torch.from_numpy(tokens)
 
 
