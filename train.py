@@ -85,7 +85,7 @@ class Settings(GPTConfig):
     beta2: float = 0.99  # AdamW
     momentum: float = 0.95  # Muon
     grad_clip: float = 1.0  # maximum gradient norm; 0 is off
-    # learning rate schedule
+    # schedule
     decay_lr: bool = True  # False: constant after warmup
     schedule: Literal["wsd", "cosine"] = "wsd"  # warmup, stable, linear decay; or cosine
     warmup_iters: int = 10  # steps of linear warmup
@@ -100,7 +100,7 @@ class Settings(GPTConfig):
     log_interval: int = 10  # steps between log lines
     tensorboard: bool = False  # log to out_dir/tensorboard
     wandb_log: bool = False  # log to Weights & Biases
-    wandb_project: str = "gpt"
+    wandb_project: str = "gpt"  # W&B project
     wandb_run_name: str = ""  # empty takes out_dir
     # hardware
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes cuda, else mps, else cpu
