@@ -38,13 +38,13 @@ CORPORA = {  # name: (URL, SHA-256)
                     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "pydocs": (None, None),  # Python's reference
     "atticus": ("https://raw.githubusercontent.com/PerseusDL/canonical-latinLit/1066a551aa5445ab165e9b490a6bb06ce72828"
-                "da/data/phi0474/phi057/phi0474.phi057.perseus-lat1.xml", None),
+                "da/data/phi0474/phi057/phi0474.phi057.perseus-lat1.xml",
+                "82e361a4dcf554470eab9daba9cc02b0e0ea34d13dc4ae3bf35ea98d2b18f3fe"),
     "tinystories": (f"{HUB}/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt", None),
     "fineweb": (f"{HUB}/datasets/kjj0/fineweb10B-gpt2", None),
 }
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
-DATA = Path("data")
-EOT = "<|endoftext|>"
+DATA, EOT = Path("data"), "<|endoftext|>"
 CHUNK = 1 << 18  # bytes read at a time
 RETRY_SECONDS = 2
 
