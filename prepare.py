@@ -19,6 +19,7 @@ import html
 import itertools
 import json
 import os
+import pickle
 import re
 import sys
 import tempfile
@@ -57,6 +58,13 @@ def did_you_mean(value, options, cutoff=0.6):
     """did_you_mean("shakespear", CORPORA) -> '; did you mean shakespeare?' or ''."""
     matches = difflib.get_close_matches(value.lower(), list(options), 1, cutoff)
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+class LiteralUnpickler(pickle.Unpickler):
+    """Loads dicts, lists, strings and numbers. Refuses classes and functions, which could run code."""
+
+    def find_class(self, module, name):
+        raise ValueError(f"{module}.{name}")
 
 
 class Tokenizer:

@@ -43,6 +43,7 @@ class Settings:
     out_dir: str = "out"  # output directory of train.py
     ckpt: str = ""  # path of a checkpoint, instead of the one in out_dir
     init_from: str = "resume"  # the checkpoint; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 or a path
+    dataset: str = ""  # data folder with the meta.pkl of a checkpoint from nanoGPT, if it is not found
     start: str = ""  # prompt; FILE:path reads it from a file, - from standard input
     per_line: bool = False  # each line of start is a prompt
     interactive: bool = False  # read prompts from the keyboard
@@ -73,11 +74,27 @@ def check(s):
             raise UserError(f"{name}={getattr(s, name)} must be at least {least} and at most {most}")
 
 
+def find_tokenizer(s, checkpoint, path):
+    """The tokenizer of --dataset or, for a checkpoint from nanoGPT, of the data folder it names. Raises UserError."""
+    name, vocab_size = checkpoint["config"].get("dataset", ""), checkpoint["config"]["vocab_size"]
+    for folder in [s.dataset] if s.dataset else [f"data/{name}", f"{path.resolve().parent.parent}/data/{name}"]:
+        if s.dataset or Path(folder, "meta.pkl").exists():
+            meta = train.read_meta(folder)[1]
+            if meta["vocab_size"] == vocab_size:
+                return meta["tokenizer"]
+    raise UserError(f"the {vocab_size} characters of {path} are not in {s.dataset or f'data/{name}'}: set --dataset to "
+                    "the folder of nanoGPT's meta.pkl")
+
+
 def load(s):
     """The model, on its device in evaluation mode, its tokenizer and the checkpoint. Raises UserError."""
     best = Path(s.out_dir, "best.pt")
     path = Path(s.ckpt) if s.ckpt else best if best.exists() else Path(s.out_dir, "ckpt.pt")
-    checkpoint = train.load_checkpoint(path) if s.init_from == "resume" else train.load_gpt2(s.init_from)
+    path = path if s.init_from == "resume" else Path(s.init_from)
+    is_file = s.init_from == "resume" or path.suffix == ".pt"
+    checkpoint = train.load_checkpoint(path) if is_file else train.load_gpt2(s.init_from)
+    if s.dataset or checkpoint["tokenizer"] is None:
+        checkpoint["tokenizer"] = find_tokenizer(s, checkpoint, path)
     model, tokenizer = train.model_from_checkpoint(checkpoint, path), tokenizer_from_spec(checkpoint["tokenizer"])
     device = train.get_device(s.device)
     model.compute_dtype = train.get_compute_dtype(s, device)
@@ -538,7 +555,7 @@ def main(argv=None):
     commands = dict(export=export, score=score, show=show, follow=follow,
                     plot=lambda s: print(train.plot_losses(s.plot.split(","))))
     try:
-        s = parse_args(Settings(), argv)
+        s = Settings(**parse_args(Settings, argv)[0])
         check(s)
         next((command for name, command in commands.items() if getattr(s, name)), write_text)(s)
         return 0

@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from prepare import UserError, did_you_mean, download_gpt2
+from prepare import LiteralUnpickler, UserError, did_you_mean, download_gpt2
 
 # Settings -----------------
 
@@ -58,7 +58,7 @@ class GPTConfig:
     position: Literal["rope", "learned", "none"] = "rope"  # position embedding
     norm: Literal["rmsnorm", "layernorm", "none"] = "rmsnorm"  # before each branch and lm_head
     norm_affine: bool = False  # learned gain of the norms
-    qk_norm: bool = True  # normalize queries and keys
+    qk_norm: bool = True  # RMSNorm of queries and keys
     mlp: bool = True  # an MLP after each attention
     activation: Literal["relu2", "relu", "gelu", "gelu_tanh"] = "relu2"  # nonlinearity of the MLP
     residual: bool = True  # residual connections
@@ -110,10 +110,9 @@ class Settings(GPTConfig):
     seed: int = 1337  # random seed
 
 
-RENAMED = dict(
-    size="n_layer, n_head, n_embd", decay_share="cooldown_frac", ngram_rows="ngram_buckets", tied_head="tie_weights",
-    norm_weight="norm_affine", checkpoint_minutes="save_interval_minutes", recompute="gradient_checkpointing",
-    wandb="wandb_log", every_step="follow")
+RENAMED = dict(size="n_layer, n_head, n_embd", decay_share="cooldown_frac", ngram_rows="ngram_buckets",
+               tied_head="tie_weights", norm_weight="norm_affine", checkpoint_minutes="save_interval_minutes",
+               recompute="gradient_checkpointing", every_step="follow")
 
 
 def literal(node):
@@ -129,16 +128,20 @@ def read_config(path):
     try:
         for node in ast.parse(Path(path).read_text(encoding="utf-8-sig")).body:
             line = node.lineno
-            if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):  # a docstring
-                [target] = node.targets
+            if isinstance(node, ast.Import) or isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                continue  # or a docstring
+            [target] = node.targets
+            if target.id in ("wandb_project", "wandb_run_name") and not isinstance(node.value, ast.Constant):
+                print0(f"note: {path}:{line}: {target.id} is not a literal; it keeps its default", sys.stderr)
+            else:
                 found.append((target.id, literal(node.value), f"{path}:{line}"))
         return found
     except OSError as error:
         near = did_you_mean(str(path), [p.as_posix() for p in Path("config").rglob("*.py")])
         raise UserError(f"cannot read config {path} ({error.strerror}){near or '; flags are --key=value'}") from None
     except (SyntaxError, AttributeError, TypeError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{path}:{getattr(error, 'lineno', line)}: write `key = value` with a number, a string, True "
-                        "or False; config files are not executed") from None
+        line = getattr(error, "lineno", line)
+        raise UserError(f"{path}:{line}: expected `key = literal`; config files are not executed") from None
 
 
 def parse_value(key, kind, value, where):
@@ -156,12 +159,12 @@ def parse_value(key, kind, value, where):
 
 
 def parse_args(settings, argv):
-    """Override the dataclass `settings` by config files and flags. Returns it. Raises UserError."""
+    """Values for the dataclass `settings` from config files and flags, and the keys set by flags. Raises UserError."""
     if "--help" in argv or "-h" in argv:
-        source = "".join(inspect.getsource(cls) for cls in reversed(type(settings).__mro__[:-1]))
+        source = "".join(inspect.getsource(cls) for cls in reversed(settings.__mro__[:-1]))
         print(inspect.getmodule(settings).__doc__, *re.findall(r"^    (\w+: .+ = .+)$", source, re.MULTILINE), sep="\n")
         sys.exit()
-    kinds, words = {f.name: f.type for f in fields(settings)}, list(argv)
+    kinds, words, values, flags = {f.name: f.type for f in fields(settings)}, list(argv), {}, set()
     while words:
         word = words.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
@@ -173,11 +176,12 @@ def parse_args(settings, argv):
         found = [(key, value, "command line")] if word.startswith("--") else read_config(word)
         for key, value, where in found:
             if key in kinds:
-                setattr(settings, key, parse_value(key, kinds[key], value, where))
+                values[key] = parse_value(key, kinds[key], value, where)
+                flags = flags | {key} if where == "command line" else flags - {key}
             elif key not in ("always_save_checkpoint", "backend"):  # of nanoGPT, without a use here
                 near = f"; did you mean {RENAMED[key]}?" if key in RENAMED else did_you_mean(key, kinds)
                 raise UserError(f"{where}: unknown setting {key}{near or '; --help lists all settings'}")
-    return settings
+    return values, flags
 
 
 def check(s):
@@ -205,9 +209,9 @@ class Linear(nn.Linear):
 class Norm(nn.Module):
     """RMSNorm (Zhang and Sennrich 2019), LayerNorm or identity, with an optional gain."""
 
-    def __init__(self, config, affine):
+    def __init__(self, config):
         super().__init__()
-        self.norm, affine = config.norm, affine and config.norm != "none"
+        self.norm, affine = config.norm, config.norm_affine and config.norm != "none"
         has_bias = affine and config.norm == "layernorm" and config.bias
         self.weight = nn.Parameter(torch.ones(config.n_embd)) if affine else None
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if has_bias else None
@@ -232,16 +236,17 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.n_head = layer, config.n_head
-        self.qk_norm = Norm(config, affine=False) if config.qk_norm else nn.Identity()
+        self.layer, self.n_head, self.qk_norm = layer, config.n_head, config.qk_norm
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, rotation, cache):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qk, v = self.qk_norm(qkv[:, :, :2]), qkv[:, :, 2]  # q and k as one tensor (B, T, 2, H, D): half the kernels
-        if rotation is not None:
+        qk, v = qkv[:, :, :2], qkv[:, :, 2]  # q and k as one tensor (B, T, 2, H, D): half the kernels
+        if self.qk_norm:
+            qk = F.rms_norm(qk, qk.shape[-1:])
+        if rotation:
             cos, sin = rotation
             qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
         q, k, v = (t.transpose(1, 2) for t in (qk[:, :, 0], qk[:, :, 1], v))  # (B, H, T, D)
@@ -249,8 +254,7 @@ class Attention(nn.Module):
             q, k, v = q.float(), k.float(), v.float()  # the bfloat16 backward pass is slow on CPUs
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        # a single query attends to all of the cache
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # a single query attends to all of the cache
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(x.dtype))
 
 
@@ -276,16 +280,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on the residual stream x (B, T, C)."""
+    """Pre-norm transformer block on x (B, T, C). Dropout on attention weights would disable the fused kernels."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.dropout, self.residual = config.dropout, config.residual
-        self.ln_1, self.attn = Norm(config, config.norm_affine), Attention(config, layer)
-        self.ln_2, self.mlp = (Norm(config, config.norm_affine), MLP(config)) if config.mlp else (None, None)
+        self.ln_1, self.attn = Norm(config), Attention(config, layer)
+        self.ln_2, self.mlp = (Norm(config), MLP(config)) if config.mlp else (None, None)
 
     def forward(self, x, rotation, cache):
-        # none on the attention weights: it would disable the fused kernels
         y = F.dropout(self.attn(self.ln_1(x), rotation, cache), self.dropout, self.training)
         x = x + y if self.residual else y
         if self.mlp is None:
@@ -332,7 +335,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.ngrams = NGrams(config) if config.ngram > 1 else None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = Norm(config, config.norm_affine)
+        self.ln_f = Norm(config)
         self.lm_head = Linear(config.n_embd, rows, bias=False)
         self.init_weights()
         if config.tie_weights:
@@ -366,18 +369,15 @@ class GPT(nn.Module):
         if self.ngrams is not None:
             x = x + self.ngrams(idx, cache)
         x = F.dropout(x.to(self.compute_dtype), self.config.dropout, self.training)
-        rotation = None
-        if self.config.position == "rope":
-            rotation = [t.to(x.dtype) for t in rotary(positions, self.config.n_embd // self.config.n_head)]
+        cos_sin = rotary(positions, self.config.n_embd // self.config.n_head) if self.config.position == "rope" else ()
+        rotation = [t.to(x.dtype) for t in cos_sin]
         for block in self.h:
             if self.config.gradient_checkpointing and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, rotation, cache, use_reentrant=False)
             else:
                 x = block(x, rotation, cache)
         x = self.ln_f(x if cache is None else x[:, -1:])
-        logits = self.lm_head(x).float()
-        if logits.shape[-1] > self.config.vocab_size:
-            logits = logits[..., :self.config.vocab_size]  # without the padding
+        logits = self.lm_head(x).float()[..., :self.config.vocab_size]  # without the padding
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 
@@ -472,10 +472,24 @@ def configure_optimizers(model, s):
 
 # Data ---------------------
 
+def read_nanogpt_meta(folder):
+    """The contents of meta.json for nanoGPT's uint16 bins, of GPT-2's tokens or of the characters in meta.pkl."""
+    tokenizer, vocab_size = dict(kind="tiktoken", encoding="gpt2"), 50257
+    if (folder / "meta.pkl").exists():
+        with open(folder / "meta.pkl", "rb") as file:
+            itos = LiteralUnpickler(file).load()["itos"]
+        tokenizer, vocab_size = dict(kind="char", chars="".join(itos[i] for i in range(len(itos)))), len(itos)
+    tokens = {split: (folder / f"{split}.bin").stat().st_size // 2 for split in ("train", "val")}
+    return dict(corpus=folder.name, tokenizer=tokenizer, vocab_size=vocab_size, dtype="uint16", tokens=tokens,
+                bytes=dict(val=math.nan))
+
+
 def read_meta(dataset):
     """The folder of a dataset and its meta.json, a dict. Raises UserError."""
     folder = Path(dataset) if "/" in dataset or os.sep in dataset else Path("data", dataset)
     try:
+        if not (folder / "meta.json").exists() and (folder / "val.bin").exists():
+            return folder, read_nanogpt_meta(folder)
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         meta["corpus"], meta["tokenizer"], meta["vocab_size"], meta["bytes"]["val"], meta["tokens"]["val"]
         ("uint8", "uint16", "uint32").index(meta["dtype"])  # or ValueError
@@ -484,8 +498,8 @@ def read_meta(dataset):
         near = did_you_mean(folder.name, [path.parent.name for path in folder.parent.glob("*/meta.json")])
         text = "" if dataset == "char" else f" TEXT --name={folder.name}"
         raise UserError(f"no dataset in {folder}{near}; to create it: python prepare.py{text}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'meta.json'} is damaged: run prepare.py again") from None
+    except Exception as error:  # a damaged pickle raises many types
+        raise UserError(f"{folder} has a damaged meta.json or meta.pkl ({error!r:.80}): prepare it again") from None
 
 
 class TokenDataset:
@@ -582,21 +596,21 @@ def get_lr(step, s):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, s, world):
-    """Mean cross-entropy in nats over a split, every token but the first predicted once, in windows of block_size."""
+def evaluate(model, dataset, s, world, windows=0):
+    """Mean cross-entropy in nats of a split: all of it, its first eval_iters batches or evenly spaced `windows`."""
     T = s.block_size
-    windows = -(-(dataset.size - 1) // T)  # the last may be short
-    if s.eval_iters:
-        windows = min(windows, s.eval_iters * s.batch_size)
+    available = -(-(dataset.size - 1) // T)  # the last may be short
+    stride = max(1, available // windows) if windows else 1
+    windows = min(available, windows or s.eval_iters * s.batch_size or available)
     local = world.local_range(0, windows)
     starts = range(local.start, local.stop, s.batch_size)
     losses, counts = torch.zeros(len(starts), device=world.device), torch.zeros(len(starts), dtype=torch.float64)
     model.eval()
     for i, first in enumerate(starts):
         rows = np.arange(first, first + s.batch_size)  # always a full batch: one shape, compiled once
-        tokens = dataset.read(rows * T, T + 1)
+        tokens = dataset.read(rows * stride * T, T + 1)
         x, y = tokens[:, :-1], tokens[:, 1:].clone()
-        past_end = rows[:, None] * T + np.arange(1, T + 1) >= dataset.size
+        past_end = rows[:, None] * stride * T + np.arange(1, T + 1) >= dataset.size
         y[torch.from_numpy(past_end | (rows >= local.stop)[:, None])] = -1
         losses[i] = model(x.to(world.device), y.to(world.device))[1]  # no .item(): it would wait
         counts[i] = (y >= 0).sum()
@@ -674,6 +688,15 @@ def get_compute_dtype(s, device):
     return torch.bfloat16 if native else torch.float32
 
 
+def peak_memory(device):
+    """Peak memory of this process in bytes: allocated on a GPU, else resident. None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(ImportError):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 # Checkpoints and pretrained weights ----
 
 def atomic_write(path, write):
@@ -718,6 +741,7 @@ def load_checkpoint(path):
             if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = convert_nanogpt(checkpoint) if "model_args" in checkpoint else checkpoint
         version = checkpoint.get("format")
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: run `python train.py` first, or set --out_dir") from None
@@ -742,6 +766,22 @@ def model_from_checkpoint(checkpoint, path="checkpoint"):
     return model.float().eval()
 
 
+GPT2 = dict(position="learned", norm="layernorm", norm_affine=True, qk_norm=False, ngram=1, zero_init=False)
+
+
+def convert_nanogpt(theirs):
+    """A checkpoint of nanoGPT without optimizer state; the tokenizer is None if its characters are in a meta.pkl."""
+    args, is_gpt2 = theirs["model_args"], theirs["model_args"]["vocab_size"] in (50257, 50304)  # 50304 rows are padded
+    config = {key: args[key] for key in ("n_layer", "n_head", "n_embd", "block_size")} | GPT2 | dict(
+        vocab_size=50257 if is_gpt2 else args["vocab_size"], vocab_multiple=64 if args["vocab_size"] == 50304 else 1,
+        activation="gelu", tie_weights=True, bias=args.get("bias", True), dropout=args.get("dropout", 0.0),
+        dataset=theirs.get("config", {}).get("dataset", ""))
+    weights = {re.sub(r"^(_orig_mod\.)?(transformer\.)?", "", key): tensor.float()
+               for key, tensor in theirs["model"].items() if not key.endswith(".attn.bias")}  # a mask, in old files
+    tokenizer = dict(kind="tiktoken", encoding="gpt2") if is_gpt2 else None
+    return dict(format=2, config=config, tokenizer=tokenizer, model=weights)
+
+
 def load_gpt2(name):
     """GPT-2 as a checkpoint without optimizer state, from the hub or local files in Hugging Face's layout."""
     path = Path(name) if os.path.exists(name) else Path("data/hub", name, "model.safetensors")
@@ -755,13 +795,9 @@ def load_gpt2(name):
         from safetensors.torch import load_file
     try:
         theirs = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-        activation = theirs.get("activation_function", "gelu_new")
-        if theirs.get("n_inner") not in (None, 4 * theirs["n_embd"]):
-            raise ValueError("n_inner is not 4 * n_embd")
-        config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")} | dict(
-            block_size=theirs["n_positions"], activation=dict(gelu="gelu", gelu_new="gelu_tanh")[activation],
-            tie_weights=theirs.get("tie_word_embeddings", True), position="learned", norm="layernorm", ngram=1,
-            norm_affine=True, bias=True, qk_norm=False, zero_init=False)
+        config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")} | GPT2 | dict(
+            block_size=theirs["n_positions"], tie_weights=theirs.get("tie_word_embeddings", True), bias=True,
+            activation=dict(gelu="gelu", gelu_new="gelu_tanh")[theirs.get("activation_function", "gelu_new")])
         is_pickle, weights = path.suffix != ".safetensors", {}
         tensors = torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
         for key, tensor in tensors.items():
@@ -773,9 +809,7 @@ def load_gpt2(name):
     except Exception as error:  # the libraries raise many types
         raise UserError(f"init_from={name}: {path} is not GPT-2 in Hugging Face's layout ({error!r:.100})") from None
     tokenizer = theirs.get("tokenizer_spec", dict(kind="tiktoken", encoding="gpt2"))  # of sample.py --export
-    checkpoint = dict(config=config, tokenizer=tokenizer, model=weights)
-    model_from_checkpoint(checkpoint, path)  # or UserError for missing and unexpected tensors
-    return checkpoint
+    return dict(config=config, tokenizer=tokenizer, model=weights)
 
 
 # Output directory and log ----
@@ -834,10 +868,10 @@ class Log:
                              dir=s.out_dir, id=progress.wandb_id, resume="allow")
             progress.wandb_id = run.id
             self.trackers.append(lambda step, values: run.log(values, step=step))
-        print0("    step    loss     val       lr   norm   tokens/s  elapsed     left")
+        print0("    step    loss   train     val       lr   norm   tokens/s  elapsed     left")
 
     def write(self, step, **values):
-        """Log the values of a step; step 0 has only a val_loss."""
+        """Log the values of a step; step 0 has only those of an evaluation."""
         elapsed = time.monotonic() - self.start
         finite = {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
         record = dict(step=step, **finite, elapsed=round(elapsed, 3))  # JSON has no infinity
@@ -848,12 +882,12 @@ class Log:
             print0(f"note: {error}", sys.stderr)
         for track in self.trackers:
             track(step, {key: value for key, value in finite.items() if value is not None})
-        val = f"{values['val_loss']:8.4f}" if values["val_loss"] is not None else " " * 8
+        evaluated = "" if values["val_loss"] is None else f"{values['train_loss']:8.4f}{values['val_loss']:8.4f}"
         if step == 0:
-            return print0(f"{0:8d}{'':8}{val}")
+            return print0(f"{0:8d}{'':8}{evaluated}")
         left = (elapsed - self.elapsed_before) / (step - self.first_step) * (self.max_iters - step)
         elapsed, left = (timedelta(seconds=round(seconds)) for seconds in (elapsed, left))
-        print0(f"{step:8d}{values['loss']:8.4f}{val}{values['lr']:9.1e}{values['grad_norm']:7.3f}"
+        print0(f"{step:8d}{values['loss']:8.4f}{evaluated:16}{values['lr']:9.1e}{values['grad_norm']:7.3f}"
                f"{values['tokens_per_second']:11,d}{elapsed!s:>9}{left!s:>9}")
 
 
@@ -863,9 +897,11 @@ def plot_losses(folders):
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for i, folder in enumerate(folders):
-        for key, name, style in (("loss", "training", dict(alpha=0.4)), ("val_loss", "validation", dict(marker="."))):
+        for key, name, style, alpha in (("loss", "training batches", "-", 0.4), ("train_loss", "training", ".--", 1),
+                                        ("val_loss", "validation", ".-", 1)):
             points = [(r.get("tokens", 0), r[key]) for r in read_log(folder) if r.get(key) is not None]
-            axes.plot(*zip(*points, strict=True), color=f"C{i}", label=f"{folder}: {name}".replace("$", "\\$"), **style)
+            label = f"{folder}: {name}".replace("$", "\\$")
+            axes.plot(*zip(*points, strict=True), style, alpha=alpha, color=f"C{i}", label=label)
     axes.set(xlabel="training tokens", ylabel="loss in nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -938,34 +974,41 @@ def train(s, world, datasets, meta, checkpoint):
     """Train until max_iters or a signal. Returns the exit status."""
     raw_model, optimizers, scaler, progress = init_run(s, world, checkpoint)
     print0(f"{meta['corpus']}: {datasets['train'].size:,} training tokens {meta.get('note', '')}")
-    count = sum(p.numel() for p in raw_model.parameters())
-    print0(f"{count:,} parameters, {world.size} x {world.device}, {raw_model.compute_dtype}")
+    print0(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {world.size} x {world.device}, "
+           f"{raw_model.compute_dtype}")
     compiled = raw_model
     if s.compile == "True" or s.compile == "auto" and world.device.type == "cuda":
         try:
             compiled = torch.compile(raw_model, dynamic=False)
-            x, y = get_batch(datasets["train"], s, 0, s.batch_size, world.device)
-            compiled(x, y)[1].backward()
+            compiled(*get_batch(datasets["train"], s, 0, s.batch_size, world.device))[1].backward()
         except Exception as error:  # e.g. no C++ compiler
             print0(f"note: torch.compile failed, training without it ({str(error).strip()[:90]!r})", sys.stderr)
             compiled = raw_model
         raw_model.zero_grad()
     bits_per_byte = meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2)  # per nat of loss
-    if s.eval_only:
+    in_bytes = "" if math.isnan(bits_per_byte) else " ({bits_per_byte:.4f} bits per byte)"
+
+    def evaluate_both():
         loss = evaluate(compiled, datasets["val"], s, world)
-        print0(f"validation loss {loss:.4f} ({loss * bits_per_byte:.4f} bits per byte)")
+        tenth = max(1, (s.eval_iters * s.batch_size or datasets["val"].size // s.block_size) // 10)
+        return dict(train_loss=evaluate(compiled, datasets["train"], s, world, tenth), val_loss=loss,
+                    bits_per_byte=loss * bits_per_byte, peak_memory=peak_memory(world.device))
+
+    if s.eval_only:
+        print0(("training loss {train_loss:.4f}, validation loss {val_loss:.4f}" + in_bytes).format(**evaluate_both()))
         return 0
 
     model = compiled if world.size == 1 else nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     out, global_batch = Path(s.out_dir), s.batch_size * s.gradient_accumulation_steps
     log = Log(s, progress) if world.rank == 0 else None
     if checkpoint and progress.step == 0:  # pretrained weights
-        val_loss = evaluate(compiled, datasets["val"], s, world)
+        evaluation = evaluate_both()
         if log:
-            log.write(0, val_loss=val_loss, bits_per_byte=val_loss * bits_per_byte)
+            log.write(0, **evaluation)
     stopping, received = False, []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
+    not_evaluated = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte", "peak_memory"))
     recent = []  # loss and gradient norm since the last log line, on the device
     logged = saved = time.monotonic()
     while progress.step < s.max_iters and not stopping:
@@ -989,32 +1032,30 @@ def train(s, world, datasets, meta, checkpoint):
         losses, grad_norms = torch.stack(recent).T.contiguous()
         losses, grad_norms = world.all_reduce(losses).tolist(), grad_norms.tolist()
         speed = len(recent) * global_batch * s.block_size / (time.monotonic() - logged)
-        val_loss = evaluate(compiled, datasets["val"], s, world) if evaluating else None
+        evaluation = evaluate_both() if evaluating else not_evaluated
+        val_loss = evaluation["val_loss"]
         if not np.isfinite(losses + [val_loss or 0] + grad_norms * (not scaler.is_enabled())).all():
-            raise FloatingPointError(f"the loss is not finite at step {progress.step}: lower learning_rate="
-                                     f"{s.learning_rate:g} or use --dtype=float32")
+            raise FloatingPointError(f"the loss is not finite at step {progress.step}: lower learning_rate")
         if log:
-            log.write(progress.step, val_loss=val_loss, bits_per_byte=val_loss and val_loss * bits_per_byte,
-                      loss=sum(losses) / len(losses), lr=lr, grad_norm=grad_norms[-1],
+            log.write(progress.step, **evaluation, loss=sum(losses) / len(losses), lr=lr, grad_norm=grad_norms[-1],
                       tokens=progress.sequences * s.block_size, tokens_per_second=round(speed))
         if log and saving:
-            is_best, before = evaluating and val_loss < progress.best_val_loss, SimpleNamespace(**vars(progress))
-            if is_best:
-                progress.best_val_loss, progress.best_step = val_loss, progress.step
-            progress.elapsed = time.monotonic() - log.start
+            is_best = evaluating and val_loss < progress.best_val_loss
+            best = dict(best_val_loss=val_loss, best_step=progress.step) if is_best else {}
+            updated = vars(progress) | best | dict(elapsed=time.monotonic() - log.start)
             state = dict(
                 format=2, model=raw_model.state_dict(), optimizers=[o.state_dict()["state"] for o in optimizers],
-                scaler=scaler.state_dict(), progress=vars(progress), config=asdict(s), tokenizer=meta["tokenizer"],
+                scaler=scaler.state_dict(), progress=updated, config=asdict(s), tokenizer=meta["tokenizer"],
                 corpus_sha256=meta.get("corpus_sha256"))
             try:
                 save_checkpoint(out, state, is_best)
+                progress = SimpleNamespace(**updated)
                 if importlib.util.find_spec("matplotlib"):
                     plot_losses([out])
             except OSError as error:  # a full disk
                 if stopping or done:
                     raise
                 print0(f"note: {error}", sys.stderr)
-                progress = before
         saved = time.monotonic() if saving else saved
         recent.clear()
         logged = time.monotonic()
@@ -1022,8 +1063,9 @@ def train(s, world, datasets, meta, checkpoint):
     if stopping:
         print0(f"stopped at step {progress.step}; resume: python train.py --init_from=resume --out_dir={out}")
         return 128 + (received or [signal.SIGTERM])[0]  # none if another rank received it
-    print0(f"best validation loss {progress.best_val_loss:.4f} ({progress.best_val_loss * bits_per_byte:.4f} bits per "
-           f"byte) at step {progress.best_step}, saved as {out / 'best.pt'}")
+    in_bytes = in_bytes.format(bits_per_byte=progress.best_val_loss * bits_per_byte)
+    print0(f"best validation loss {progress.best_val_loss:.4f}{in_bytes} at step {progress.best_step}, saved as "
+           f"{out / 'best.pt'}")
     return 0
 
 
@@ -1031,7 +1073,8 @@ def train(s, world, datasets, meta, checkpoint):
 
 def configure(argv):
     """The Settings and the checkpoint to start from, {} for none."""
-    s = parse_args(Settings(), argv)
+    values, flags = parse_args(Settings, argv)
+    s = Settings(**values)
     check(s)
     latest, previous = Path(s.out_dir, "ckpt.pt"), Path(s.out_dir, "ckpt-previous.pt")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a failure
@@ -1040,24 +1083,31 @@ def configure(argv):
     if s.init_from in ("scratch", "auto") and not resuming:
         return s, {}
     try:
-        checkpoint = load_checkpoint(latest) if resuming else load_gpt2(s.init_from)
+        path = latest if resuming else Path(s.init_from)
+        checkpoint = load_checkpoint(path) if path.suffix == ".pt" else load_gpt2(s.init_from)
     except UserError as error:
         if not (resuming and previous.exists()):
             raise
         checkpoint = load_checkpoint(previous)
         print0(f"note: {error}; resuming from {previous}", sys.stderr)
-        with suppress(OSError):  # or the next save would keep it
-            os.replace(latest, Path(s.out_dir, "ckpt-damaged.pt"))
-    saved = {f.name: checkpoint["config"].get(f.name, f.default) for f in fields(Settings)}
-    s = parse_args(Settings(**saved | dict(out_dir=s.out_dir)), argv)
-    check(s)
-    fixed = {f.name for f in fields(GPTConfig)} - {"dropout", "ngram_dropout", "gradient_checkpointing"}
+    saved = {f.name: checkpoint["config"].get(f.name, f.default) for f in fields(Settings if resuming else GPTConfig)}
+    names = asdict(GPTConfig()).keys() | {"optimizer"}
+    fixed = names & saved.keys() - {"dropout", "ngram_dropout", "gradient_checkpointing"}
+    if resuming and "progress" not in checkpoint:
+        raise UserError(f"{latest} is from nanoGPT: use --init_from={latest} and another --out_dir")
     if resuming:
-        s.init_from = saved["init_from"]
-        fixed.add("optimizer")
-    elif s.block_size < saved["block_size"]:
-        fixed.remove("block_size")
-        checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"][:s.block_size]
+        values["init_from"] = saved["init_from"]
+    else:
+        model_from_checkpoint(checkpoint, path)  # or UserError for missing and unexpected tensors
+        checkpoint = {key: checkpoint[key] for key in ("config", "tokenizer", "model")}
+        if values.get("block_size", math.inf) < saved["block_size"]:
+            fixed.remove("block_size")
+            if "wpe.weight" in checkpoint["model"]:
+                checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"][:s.block_size]
+    if values["init_from"] not in ("scratch", "auto"):  # the model settings in config files are for a new model
+        values = {key: value for key, value in values.items() if key in flags or key not in fixed}
+    s = Settings(**saved | dict(out_dir=s.out_dir) | values)
+    check(s)
     for name in sorted(fixed):
         if getattr(s, name) != saved[name]:
             raise UserError(f"{name}={getattr(s, name)} contradicts the checkpoint's {saved[name]}")
@@ -1069,23 +1119,19 @@ def run(argv):
     s, checkpoint = configure(argv)
     folder, meta = read_meta(s.dataset)
     datasets = {split: TokenDataset(folder, split, meta) for split in ("train", "val")}
-    s.vocab_size = max(s.vocab_size, meta["vocab_size"])
+    s.vocab_size = s.vocab_size if checkpoint else max(s.vocab_size, meta["vocab_size"])
     if min(datasets["train"].size, datasets["val"].size) <= s.block_size:
         raise UserError(f"block_size={s.block_size} is not below the tokens in {folder}: prepare more text")
-    if checkpoint and meta["tokenizer"] != checkpoint["tokenizer"]:
+    if checkpoint and checkpoint["tokenizer"] not in (meta["tokenizer"], None) or s.vocab_size < meta["vocab_size"]:
         raise UserError(f"dataset={s.dataset} has another tokenizer than the checkpoint")
     if checkpoint.get("corpus_sha256", meta.get("corpus_sha256")) != meta.get("corpus_sha256"):
         print0(f"note: dataset={s.dataset} is not the text that the checkpoint was trained on", sys.stderr)
-    for package in ["tensorboard"] * s.tensorboard + ["wandb"] * s.wandb_log:
-        importlib.import_module(package)  # before a run is moved
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     device = get_device(s.device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    lock = nullcontext()
-    if os.environ.get("RANK", "0") == "0" and not s.eval_only:
-        lock = open_out_dir(s, new_run="optimizers" not in checkpoint)
-    with lock:
+    writes = os.environ.get("RANK", "0") == "0" and not s.eval_only
+    with open_out_dir(s, new_run="optimizers" not in checkpoint) if writes else nullcontext():
         world = init_distributed(device)
         status = train(s, world, datasets, meta, checkpoint)
     if dist.is_initialized():

@@ -74,7 +74,7 @@ class Project:
     def settings(self, *argv):
         """The Settings of a tiny run, with what `argv` changes, as train() completes them from the data."""
         import train
-        s = train.parse_args(train.Settings(), [*TINY, *argv])
+        s = train.Settings(**train.parse_args(train.Settings, [*TINY, *argv])[0])
         s.vocab_size = s.vocab_size or train.read_meta(s.dataset)[1]["vocab_size"]
         return s
 

@@ -110,7 +110,7 @@ def test_every_command_is_understood(monkeypatch):
             assert prepare.main(argv) == 0
         elif "--help" not in argv and "[" not in words:
             module = train if script == "train" else sample
-            module.check(train.parse_args(module.Settings(), argv))
+            module.check(module.Settings(**train.parse_args(module.Settings, argv)[0]))
     assert len(found) > 40
 
 

@@ -343,7 +343,7 @@ def test_a_shard_that_is_replaced_does_not_reach_the_run(tmp_path):
 
 def test_the_config_s_arithmetic_is_right():
     """What the docstring of config/train_gpt2.py estimates follows from its settings."""
-    s = train.parse_args(train.Settings(), [str(ROOT / "config" / "train_gpt2.py")])
+    s = train.Settings(**train.parse_args(train.Settings, [str(ROOT / "config" / "train_gpt2.py")])[0])
     text = (ROOT / "config" / "train_gpt2.py").read_text(encoding="utf-8")
     tokens = s.max_iters * s.batch_size * s.gradient_accumulation_steps * s.block_size
     flops = 6 * 124e6 * tokens
@@ -368,7 +368,7 @@ def test_ten_billion_tokens_take_no_more_memory_than_a_million(tmp_path):
         for part in files["train"] + files["val"]:
             with open(folder / part["name"], "wb") as file:
                 file.truncate(part["offset"] + 2 * part["tokens"])
-        s = train.parse_args(train.Settings(), ["--batch_size=12", "--block_size=64", "--device=cpu"])
+        s = train.Settings(batch_size=12, block_size=64, device="cpu")
         tracemalloc.start()
         split = open_split(folder)
         assert split.size == shards * tokens

@@ -153,7 +153,7 @@ def size_of(argv, vocab):
     """The Settings of a run of train.py, its tokens per step and the number of parameters."""
     import train
 
-    s = train.parse_args(train.Settings(), argv)
+    s = train.Settings(**train.parse_args(train.Settings, argv)[0])
     s.vocab_size = s.vocab_size or vocab
     with train.torch.device("meta"):  # allocates nothing
         model = train.GPT(s)

@@ -33,7 +33,7 @@ def worker(argv, steps, rounds):
     import train
 
     torch.set_num_threads(1)
-    s = train.parse_args(train.Settings(), argv)
+    s = train.Settings(**train.parse_args(train.Settings, argv)[0])
     world = train.init_distributed(train.get_device(s.device))
     raw_model, optimizers, scaler, _ = train.init_run(s, world, {})
     model = raw_model

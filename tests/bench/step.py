@@ -57,7 +57,8 @@ def ours(shape, batch, device, dtype, compiled, argv):
     import train
 
     same = dict(ngram=1, tie_weights=shape[-1] > 10_000)  # of the same size: an untied head would be a quarter more
-    s = train.parse_args(train.Settings(batch_size=batch, **dict(zip(NAMES, shape, strict=True)), **same), argv)
+    same |= dict(zip(NAMES, shape, strict=True), batch_size=batch)
+    s = train.Settings(**same | train.parse_args(train.Settings, argv)[0])
     model = train.GPT(s)
     model.compute_dtype = dtype
     model.to(device)
