@@ -128,10 +128,10 @@ def read_config(path):
     try:
         for node in ast.parse(Path(path).read_text(encoding="utf-8-sig")).body:
             line = node.lineno
-            if isinstance(node, ast.Import) or isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                continue  # or a docstring
+            if ast.dump(node).startswith(("Import", "Expr(value=Constant(")):  # imports and docstrings
+                continue
             [target] = node.targets
-            if target.id in ("wandb_project", "wandb_run_name") and not isinstance(node.value, ast.Constant):
+            if target.id in ("wandb_project", "wandb_run_name") and type(node.value) is not ast.Constant:
                 print0(f"note: {path}:{line}: {target.id} is not a literal; it keeps its default", sys.stderr)
             else:
                 found.append((target.id, literal(node.value), f"{path}:{line}"))
@@ -141,7 +141,7 @@ def read_config(path):
         raise UserError(f"cannot read config {path} ({error.strerror}){near or '; flags are --key=value'}") from None
     except (SyntaxError, AttributeError, TypeError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", line)
-        raise UserError(f"{path}:{line}: expected `key = literal`; config files are not executed") from None
+        raise UserError(f"{path}:{line}: expected `key = value`, a literal; config files are not executed") from None
 
 
 def parse_value(key, kind, value, where):
@@ -498,8 +498,8 @@ def read_meta(dataset):
         near = did_you_mean(folder.name, [path.parent.name for path in folder.parent.glob("*/meta.json")])
         text = "" if dataset == "char" else f" TEXT --name={folder.name}"
         raise UserError(f"no dataset in {folder}{near}; to create it: python prepare.py{text}") from None
-    except Exception as error:  # a damaged pickle raises many types
-        raise UserError(f"{folder} has a damaged meta.json or meta.pkl ({error!r:.80}): prepare it again") from None
+    except Exception:  # a damaged pickle raises many types
+        raise UserError(f"meta.json or meta.pkl in {folder} is damaged: run prepare.py again") from None
 
 
 class TokenDataset:
@@ -899,9 +899,9 @@ def plot_losses(folders):
     for i, folder in enumerate(folders):
         for key, name, style, alpha in (("loss", "training batches", "-", 0.4), ("train_loss", "training", ".--", 1),
                                         ("val_loss", "validation", ".-", 1)):
-            points = [(r.get("tokens", 0), r[key]) for r in read_log(folder) if r.get(key) is not None]
-            label = f"{folder}: {name}".replace("$", "\\$")
-            axes.plot(*zip(*points, strict=True), style, alpha=alpha, color=f"C{i}", label=label)
+            records = [r for r in read_log(folder) if r.get(key) is not None]
+            axes.plot([r.get("tokens", 0) for r in records], [r[key] for r in records], style, color=f"C{i}",
+                      alpha=alpha, label=f"{folder}: {name}".replace("$", "\\$"))
     axes.set(xlabel="training tokens", ylabel="loss in nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -1035,7 +1035,8 @@ def train(s, world, datasets, meta, checkpoint):
         evaluation = evaluate_both() if evaluating else not_evaluated
         val_loss = evaluation["val_loss"]
         if not np.isfinite(losses + [val_loss or 0] + grad_norms * (not scaler.is_enabled())).all():
-            raise FloatingPointError(f"the loss is not finite at step {progress.step}: lower learning_rate")
+            raise FloatingPointError(f"the loss is not finite at step {progress.step}: lower learning_rate or use "
+                                     "--dtype=float32")
         if log:
             log.write(progress.step, **evaluation, loss=sum(losses) / len(losses), lr=lr, grad_norm=grad_norms[-1],
                       tokens=progress.sequences * s.block_size, tokens_per_second=round(speed))
@@ -1091,8 +1092,7 @@ def configure(argv):
         checkpoint = load_checkpoint(previous)
         print0(f"note: {error}; resuming from {previous}", sys.stderr)
     saved = {f.name: checkpoint["config"].get(f.name, f.default) for f in fields(Settings if resuming else GPTConfig)}
-    names = asdict(GPTConfig()).keys() | {"optimizer"}
-    fixed = names & saved.keys() - {"dropout", "ngram_dropout", "gradient_checkpointing"}
+    fixed = saved.keys() & {*vars(GPTConfig()), "optimizer"} - {"dropout", "ngram_dropout", "gradient_checkpointing"}
     if resuming and "progress" not in checkpoint:
         raise UserError(f"{latest} is from nanoGPT: use --init_from={latest} and another --out_dir")
     if resuming:

@@ -19,9 +19,10 @@ def test_a_run_prints_its_data_its_model_and_a_table(project):
     names, *rows, last = table.splitlines()
     rows = [row.split() for row in rows]
     assert [int(row[0]) for row in rows] == [5, 10, 15, 20]
-    assert [len(row) for row in rows] == [7, 8, 7, 8], "a validation loss only where one was computed"
+    assert [len(row) for row in rows] == [7, 9, 7, 9], "losses of both splits only where they were computed"
     for row, line in zip(rows, project.log(timings=True), strict=True):
-        expected = [f"{line['loss']:.4f}", *([f"{line['val_loss']:.4f}"] if line["val_loss"] else []),
+        losses = [f"{line[key]:.4f}" for key in ("loss", "train_loss", "val_loss") if line[key] is not None]
+        expected = [*losses,
                     f"{line['lr']:.1e}", f"{line['grad_norm']:.3f}", f"{line['tokens_per_second']:,}"]
         assert row[1:-2] == expected
         assert re.fullmatch(r"\d+:\d\d:\d\d", row[-2])

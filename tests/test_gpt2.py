@@ -293,7 +293,8 @@ def words(project, hub_folder):
 def test_finetuning_evaluates_at_step_0_and_lowers_the_loss(words):
     out = words.train(*FINETUNE, "--max_iters=5", "--dropout=0.1").out
     first = words.log()[0]
-    assert first["step"] == 0 and re.search(rf"^ +0 +{first['val_loss']:.4f}$", out, re.MULTILINE)
+    row = rf"^ +0 +{first['train_loss']:.4f} +{first['val_loss']:.4f}$"
+    assert first["step"] == 0 and re.search(row, out, re.MULTILINE)
     measured = words.train(*FINETUNE, "--eval_only").out
     assert f"validation loss {first['val_loss']:.4f}" in measured
     model, s = ours_from("hf"), words.settings("--block_size=16")

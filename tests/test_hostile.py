@@ -92,7 +92,7 @@ def test_nothing_in_a_data_folder_is_executed(project):
         project.train("--dataset=evil", "--max_iters=2")
         assert sample.main(["--device=cpu", "--max_new_tokens=2"]) == status
     (folder / "meta.json").write_bytes(pickle.dumps(Call(eval, CODE)))
-    assert "meta.json is damaged" in project.refuse("--dataset=evil")
+    assert "damaged" in project.refuse("--dataset=evil")
     assert not (project.path / "canary").exists()
 
 

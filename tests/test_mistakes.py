@@ -203,20 +203,31 @@ def test_an_out_dir_without_permission_is_one_line(project, monkeypatch):
 
 
 def test_an_error_of_another_kind_keeps_its_traceback(folder, monkeypatch):
-    """Also where its text speaks of memory."""
+    """Also one of NCCL, whose reason is in the rest of its text."""
     import sample
     import train
     monkeypatch.chdir(folder)
 
     def broken(*args):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError("NCCL error: Duplicate GPU detected")
 
     monkeypatch.setattr(sample, "Cache", broken)
-    with pytest.raises(RuntimeError, match="illegal"):
+    with pytest.raises(RuntimeError, match="Duplicate GPU"):
         sample.main(MODEL)
     monkeypatch.setattr(train, "evaluate", broken)
-    with pytest.raises(RuntimeError, match="illegal"):
+    with pytest.raises(RuntimeError, match="Duplicate GPU"):
         train.main([*TINY, "--eval_only"])
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_more_processes_than_gpus_are_refused(name, monkeypatch):
+    """auto would take the CPU."""
+    import torch
+
+    import train
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(train.UserError, match="4 processes on 2 GPUs"):
+        train.get_device(name, local_rank=3, local_size=4)
 
 
 def test_a_wrong_line_does_not_end_an_interactive_session(folder, monkeypatch, capsys):

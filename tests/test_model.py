@@ -148,6 +148,16 @@ def test_ngram_embeddings_see_the_last_tokens_and_no_more():
         assert ((model(changed_at(idx, t))[0][0, -1] - logits).abs().max() > 1e-3) == matters, t
 
 
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "none"])
+@torch.no_grad()
+def test_queries_and_keys_are_normalized_by_their_root_mean_square_whatever_the_norm(norm):
+    model, idx = gpt(norm=norm), tokens(2, 16)
+    before = model(idx)[0]
+    for block in model.h:
+        block.attn.c_attn.weight[:2 * SHAPE["n_embd"]] *= 7
+    torch.testing.assert_close(model(idx)[0], before, atol=1e-4, rtol=1e-4)
+
+
 def test_ngram_hash_spreads_over_its_tables():
     model, idx = gpt(ngram=4, ngram_buckets=4096), tokens(64, 256)
     model.ngrams(idx, None).sum().backward()

@@ -290,7 +290,7 @@ def test_the_note_is_printed_once(nanogpt):
     assert nanogpt.capsys.readouterr().err.count("wandb_run_name") == 1
 
 
-@pytest.mark.parametrize("line", ["out_dir = 'run-' + str(time.time())", "from os import *", "max_iters = int('5')"])
+@pytest.mark.parametrize("line", ["out_dir = 'run-' + str(time.time())", "max_iters = int('5')"])
 def test_other_values_that_are_no_literals_are_refused(line, project):
     Path("mine.py").write_text(f"import time\n{line}\n")
     assert "mine.py:2" in project.refuse("mine.py")

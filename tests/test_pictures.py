@@ -14,7 +14,8 @@ import sample
 import train
 
 pytestmark = pytest.mark.usefixtures("torch_state")
-RECORDS = [dict(step=step, tokens=64 * step, loss=1.5 + 10 / step, val_loss=1.5 + 12 / step if step % 20 == 0 else None)
+RECORDS = [dict(step=step, tokens=64 * step, loss=1.5 + 10 / step, train_loss=None, val_loss=None)
+           | (dict(train_loss=1.5 + 9 / step, val_loss=1.5 + 12 / step) if step % 20 == 0 else {})
            for step in range(10, 101, 10)]
 PLOTS = [(["--plot=out"], "out/loss.png"), (["--plot=out,out-$a$"], "compare.png"),
          (["--show=attention", "--start=ab\u00e9"], "out/attention.png"),
@@ -73,11 +74,11 @@ def test_without_matplotlib_a_line_says_how_to_install_it(argv, target, command,
 def test_the_curves_are_the_records_of_the_log_without_damaged_lines(command, tmp_path, monkeypatch):
     from matplotlib.axes import Axes
     drawn, plot = [], Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda axes, *xy, **style: drawn.append(xy) or plot(axes, *xy, **style))
+    monkeypatch.setattr(Axes, "plot", lambda axes, *xy, **style: drawn.append(xy[:2]) or plot(axes, *xy, **style))
     command("--plot=out")
     records = [dict(step=0, tokens=0, val_loss=4.0), *RECORDS]
-    assert drawn == [tuple(zip(*[(r["tokens"], r[key]) for r in records if r.get(key)], strict=True))
-                     for key in ("loss", "val_loss")]
+    assert drawn == [([r["tokens"] for r in records if r.get(key)], [r[key] for r in records if r.get(key)])
+                     for key in ("loss", "train_loss", "val_loss")]
 
 
 def test_training_updates_the_plot_with_each_checkpoint(project, monkeypatch):

@@ -136,7 +136,7 @@ def test_the_latest_two_and_the_best_are_kept(project, monkeypatch, links):
     if not links:
         without_links(monkeypatch)
     losses = iter([3.0, 2.0, 2.5, 2.6])
-    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses) if len(args) == 4 else 1.0)
     project.train("--eval_interval=5", "--max_iters=10")
     out = project.path / "out"
     assert os.path.samefile(out / "best.pt", out / "ckpt.pt") == links
@@ -401,6 +401,16 @@ def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(proj
     assert step_of(project) == 10 and all(w.isfinite().all() for w in project.checkpoint()["model"].values())
 
 
+def test_a_run_that_failed_before_it_saved_is_not_moved(project, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "forward_backward", lambda *args: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                train.main(TINY)
+    project.train()
+    assert not (project.path / "out" / "previous-1").exists()
+
+
 def test_out_of_memory_is_one_line_of_advice_and_other_errors_keep_their_traceback(project, monkeypatch):
     def fail(*args):
         raise errors.pop()
@@ -484,7 +494,7 @@ def test_sigterm_in_an_evaluation_or_a_save_loses_nothing(project, monkeypatch, 
 
     def interrupted(*args, **kwargs):
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == (3 if where == "evaluate" else 2):  # of the second validation loss, of the second checkpoint
             signal.raise_signal(signal.SIGTERM)
         return real(*args, **kwargs)
 

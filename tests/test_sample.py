@@ -67,6 +67,14 @@ def tokens_of(model, prompts, count, num_samples=1, **options):
     return torch.stack(list(sample.generate(model, torch.tensor(prompts), count, num_samples, **options)), 1)
 
 
+def test_it_generates_where_a_launcher_set_its_variables(write, monkeypatch):
+    """It joins no process group, which would wait for the other ranks."""
+    expected = write()
+    for key, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1").items():
+        monkeypatch.setenv(key, value)
+    assert write() == expected
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # With the cache, token for token what the model says without it
 

@@ -151,7 +151,7 @@ def test_every_config_file_loads(path):
     assert s.out_dir == DEFAULT.out_dir, "a bare sample.py would not find this model"
     for key, value, where in train.read_config(path):
         allowed = {float: (float, int), str: (str, bool)}.get(type(getattr(s, key)), (type(getattr(s, key)),))
-        assert type(value) in allowed, where
+        assert type(value) in allowed or value == getattr(s, key), where  # a product is a float
 
 
 @pytest.mark.parametrize("script", [train, sample])
@@ -236,7 +236,6 @@ def test_a_setting_of_an_earlier_sample_py_is_refused_with_its_new_name(old, new
     'train.n_layer = 3',
     'globals()[open("canary", "w")] = 3',
     'exec("open(\'canary\', \'w\')")',
-    'import canary',
     'def n_layer(): pass',
     'class n_layer(open("canary", "w")): pass',
     'if open("canary", "w"): n_layer = 3',
@@ -247,6 +246,7 @@ def test_a_setting_of_an_earlier_sample_py_is_refused_with_its_new_name(old, new
 def test_nothing_in_a_config_file_is_executed(project, code):
     (project.path / "canary.py").write_text('open("canary", "w")', encoding="utf-8")
     assert "mine.py:" in project.refuse(str(config(project.path, code)))
+    assert settings(config(project.path, "import canary\nfrom canary import x\nn_layer = 3")).n_layer == 3
     assert not (project.path / "canary").exists()
 
 

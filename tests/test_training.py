@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,6 +232,25 @@ def test_evaluation_covers_the_whole_split_for_any_batch_size(project, length):
     assert train.evaluate(model, split, s, train.World()) == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(project):
+    project.train("--max_iters=10")
+    checkpoint = project.checkpoint()
+    del checkpoint["config"]["ngram_dropout"], checkpoint["config"]["wandb_project"]
+    torch.save(checkpoint, "out/ckpt.pt")
+    project.train("--init_from=resume")
+    assert step_of(project) == 20
+
+
+def test_the_training_loss_is_of_a_tenth_as_many_windows_without_dropout(project):
+    """Evenly spaced, the same at each evaluation: 2,331 training and 259 validation tokens in windows of 8."""
+    project.train("--block_size=8", "--dropout=0.5", "--max_iters=10")
+    model, train_split = train.model_from_checkpoint(project.checkpoint()), project.split("train")
+    tokens = train_split.read(np.array([0, 97, 194]) * 8, 9)  # 33 // 10 windows of 292
+    with torch.no_grad():
+        expected = model(tokens[:, :-1], tokens[:, 1:])[1].item()
+    assert project.log()[-1]["train_loss"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_evaluation_and_logging_do_not_change_training(project):
     found = []
     for interval, log in ((1, 20), (7, 1), (20, 3)):
@@ -264,8 +284,9 @@ def test_log_lines_have_the_keys_that_people_plot(project):
     project.train()
     lines = project.log(timings=True)
     for line in lines:
-        assert line.keys() == {"step", "loss", "val_loss", "bits_per_byte", "lr", "grad_norm", "tokens",
-                               "tokens_per_second", "elapsed"}
+        assert line.keys() == {"step", "loss", "train_loss", "val_loss", "bits_per_byte", "peak_memory", "lr",
+                               "grad_norm", "tokens", "tokens_per_second", "elapsed"}
+        assert all((line[key] is None) == bool(line["step"] % 10) for key in ("train_loss", "val_loss", "peak_memory"))
         assert line["tokens"] == line["step"] * 4 * 16
         assert line["tokens_per_second"] > 0 and 0 < line["grad_norm"] < 100
     assert 0 < lines[0]["elapsed"] < lines[-1]["elapsed"]
