@@ -897,7 +897,7 @@ def plot_losses(folders):
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for i, folder in enumerate(folders):
-        for key, name, style, alpha in (("loss", "training batches", "-", 0.4), ("train_loss", "training", ".--", 1),
+        for key, name, style, alpha in (("loss", "training batches", "-", 0.4), ("train_loss", "training", "x--", 1),
                                         ("val_loss", "validation", ".-", 1)):
             records = [r for r in read_log(folder) if r.get(key) is not None]
             axes.plot([r.get("tokens", 0) for r in records], [r[key] for r in records], style, color=f"C{i}",

@@ -114,6 +114,7 @@ def test_spread_and_table(bench):
     assert common.summary([3, None, 1]) == dict(median=2, least=1, most=3, all=[3, 1]) and common.summary([]) is None
     assert common.table([["", "MB/s"], ["prepare.py", 163]]) == "            MB/s\nprepare.py   163"
     assert common.peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and common.peak_flops("Radeon") is None
+    assert common.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and common.peak_flops("NVIDIA T400 4GB") is None
 
 
 def test_seconds_of_a_run_count_from_launch(bench, project):

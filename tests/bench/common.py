@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -167,9 +168,10 @@ def flops_per_token(n_layer, n_head, n_embd, block_size, vocab_size):
 
 def peak_flops(name):
     """Dense 16-bit operations per second of a GPU by its data sheet, or None if it is unknown."""
-    peaks = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12,
-             "3090": 71e12, "V100": 125e12, "T4": 65e12}
-    return next((peak for key, peak in peaks.items() if key in name), None)
+    peaks = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+             "A10": 125e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
+             "MI300X": 1307e12}
+    return next((peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def log_of(folder):
