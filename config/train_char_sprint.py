@@ -1,8 +1,8 @@
-"""Character-level Shakespeare in seconds: one block and 64 steps. The shortest way to see everything work."""
+"""Character-level Shakespeare in seconds: one block and 64 steps. A smoke test."""
 batch_size = 16
 block_size = 64
-n_layer = 1  # beside the n-gram tables, which do most of the work this early
-learning_rate = 1e-2  # twice the default, for so few steps
+n_layer = 1  # the n-gram tables matter more in so few steps
+learning_rate = 1e-2  # twice the default for a short run
 warmup_iters = 2
 max_iters = 64
 eval_interval = 64

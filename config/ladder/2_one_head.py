@@ -1,4 +1,4 @@
-"""Second rung: one head of attention. Characters look back at the seven before them."""
+"""Step 2: one attention head over the last eight characters."""
 n_layer = 1
 n_head = 1
 mlp = False

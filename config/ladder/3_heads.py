@@ -1,4 +1,4 @@
-"""Third rung: four heads of a quarter of the size each. They look for four different things at once."""
+"""Step 3: four attention heads, each with a quarter of the channels."""
 n_layer = 1
 n_head = 4  # was 1
 mlp = False

@@ -1,4 +1,4 @@
-"""Fourth rung: an MLP after the attention. What was gathered is thought about."""
+"""Step 4: an MLP after the attention."""
 n_layer = 1
 n_head = 4
 mlp = True  # was False

@@ -1,4 +1,4 @@
-"""Fifth rung: residuals and normalization. They let three blocks learn that could not without."""
+"""Step 5: residual connections and LayerNorm, which make three blocks trainable."""
 n_layer = 3  # was 1
 n_head = 4
 mlp = True

@@ -1,4 +1,4 @@
-"""Top: the whole GPT, larger and with all that train.py has by default, as in config/train_char_cpu.py."""
+"""Step 6: the GPT of config/train_char_cpu.py, with all defaults of train.py."""
 n_layer = 4
 n_head = 4
 n_embd = 128
