@@ -68,7 +68,7 @@ class LiteralUnpickler(pickle.Unpickler):
 
 
 class Tokenizer:
-    """What the three kinds share. tokenizer_from_spec(tokenizer.spec) makes an equal one."""
+    """Base class of the tokenizers. tokenizer_from_spec(tokenizer.spec) returns an equal one."""
     eot = None  # the id of <|endoftext|>
     separator = b"\n\n"  # between documents
 
@@ -76,7 +76,7 @@ class Tokenizer:
         return self.encode_chunk(text.encode(errors="surrogateescape")).tolist()
 
     def encode_stream(self, chunks):
-        """Byte chunks of whole characters -> arrays of ids."""
+        """Byte chunks of complete characters -> arrays of ids."""
         return map(self.encode_chunk, chunks)
 
     def decode(self, ids):
@@ -102,7 +102,7 @@ class CharTokenizer(Tokenizer):
         ids = self.table.take(np.frombuffer(text.encode("utf-32-le"), "<u4"), mode="clip")  # clip: no bounds check
         if ids.min(initial=0) < 0:
             char = text[ids.argmin()]
-            raise UserError(f"unknown character {char!r} (U+{ord(char):04X}); --tokenizer=byte knows them all")
+            raise UserError(f"unknown character {char!r} (U+{ord(char):04X}); --tokenizer=byte has none")
         return ids
 
     def decode_bytes(self, ids):
@@ -175,7 +175,7 @@ BOUNDARY = re.compile(rf"(?<=\S)(?=[ \t])|(?<={LETTER})(?=[\r\n.,:;!?()<=+/ã€‚ã€
 
 
 def split_at_boundaries(chunks):
-    """Byte chunks of whole characters -> byte chunks that encode to the same tokens as the whole."""
+    """Byte chunks of complete characters -> byte chunks that encode to the same tokens as the entire text."""
     held = ""
     for chunk in chunks:
         text = held + chunk.decode()
@@ -186,7 +186,7 @@ def split_at_boundaries(chunks):
 
 
 def with_progress(label, chunks, total=0):
-    """Pass byte chunks on; every five seconds print how many and, given total, the time left."""
+    """Yield byte chunks; print the progress every five seconds, with the time left if total is given."""
     start = shown = time.monotonic()
     done = 0
     for chunk in chunks:
@@ -199,7 +199,7 @@ def with_progress(label, chunks, total=0):
 
 
 def download(url, path, sha256=None, tries=4):
-    """Download url to path unless it is there, resuming what an earlier attempt left."""
+    """Download url to path unless it exists, resuming an earlier attempt."""
     if path.exists():
         return
     try:
@@ -244,7 +244,7 @@ def download(url, path, sha256=None, tries=4):
 
 
 def download_gpt2(name):
-    """The folder data/hub/NAME of a pretrained GPT-2, downloaded unless it is there."""
+    """The folder data/hub/NAME of a pretrained GPT-2, downloaded unless it exists."""
     if name not in GPT2_MODELS:
         names = ("scratch", "resume", "auto", *GPT2_MODELS)
         raise UserError(f"init_from={name} is not a path or one of {', '.join(names)}{did_you_mean(name, names)}")
@@ -299,7 +299,7 @@ TEI_SKIPPED = "teiHeader front back note del fw figDesc abbr/{*}expan"
 
 def tei_text(data):
     """The text of a TEI document: a line per paragraph or verse, a blank line before headings."""
-    # XML knows five named entities; others, such as &mdash;, come from a DTD that is not at hand.
+    # XML knows five named entities; others, such as &mdash;, come from a DTD that is not available.
     data = re.sub(rb"&(?!amp;|lt;|gt;|quot;|apos;)\w+;",
                   lambda name: html.unescape(name[0].decode()).encode("ascii", "xmlcharrefreplace"), data)
     root = ElementTree.fromstring(data.replace(b"\n", b" "))
@@ -319,7 +319,7 @@ def tei_text(data):
 
 
 def read_corpus(documents, tokenizer, report_skipped=True):
-    """Yield the bytes of all documents, in chunks of whole characters unless tokenizer is a ByteTokenizer."""
+    """Yield the bytes of all documents, in chunks of complete characters unless tokenizer is a ByteTokenizer."""
     separator = b""
     for name, read in documents:
         started, rest = False, b""
@@ -328,15 +328,15 @@ def read_corpus(documents, tokenizer, report_skipped=True):
                 chunk = rest + chunk
                 size = len(chunk)
                 if not isinstance(tokenizer, ByteTokenizer):
-                    size = codecs.utf_8_decode(chunk, "strict", False)[1]  # without a character that the end cuts
+                    size = codecs.utf_8_decode(chunk, "strict", False)[1]  # without an incomplete character
                     if b"\0" in chunk:
                         raise ValueError("it holds NUL bytes")
                 yield chunk[:size] if started else separator + chunk[:size]
                 started, rest = True, chunk[size:]
             rest.decode()  # fails if the last character is incomplete
-        except Exception as error:  # zipfile, gzip and expat raise many kinds
+        except Exception as error:  # zipfile, gzip and expat raise many types
             if started or len(documents) == 1:
-                raise UserError(f"cannot read {name}: {error}; --tokenizer=byte takes any file") from None
+                raise UserError(f"cannot read {name}: {error}; --tokenizer=byte reads any file") from None
             if report_skipped:
                 print(f"prepare.py: skipped {name}: {error}", file=sys.stderr)
         if started:
@@ -398,7 +398,7 @@ def target_folder(name, allowed):
 
 
 def prepare(sources, kind, name, val_fraction):
-    """Write data/NAME, all of it or nothing."""
+    """Write data/NAME atomically."""
     target = target_folder(name, r"(train|val)\.bin|meta\.json")
     tokenizer = CharTokenizer("") if kind == "char" else ByteTokenizer() if kind == "byte" else BPETokenizer(kind)
     sources, default, note = sources or ["shakespeare"], not sources, {}
@@ -452,7 +452,7 @@ def prepare_fineweb(name, n_shards):
         ids = np.memmap(path, "<u2", "r", 1024) if header == [20240520, 1, count] and count > 0 else None
         if ids is None or ids.max() >= len(lengths):
             path.unlink()
-            raise UserError(f"{path} was damaged and is deleted; run the command again")
+            raise UserError(f"{path} was damaged and has been deleted; run the command again")
         size = sum(int(lengths[ids[i : i + CHUNK]].sum()) for i in range(0, len(ids), CHUNK))
         shards.append({"name": file, "offset": 1024, "tokens": len(ids), "bytes": size})
     files = {"train": shards[1:], "val": shards[:1]}

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import config_file, fact_line, facts, prepared, run_train, spread, table, write
+from common import config_file, facts, prepared, report, run_train, spread
 
 CHANGES = ("ngram=1,ngram=1+learning_rate=0.01,ngram=3,ngram_buckets=8192,optimizer=adamw,learning_rate=0.01,"
            "learning_rate=0.0025,schedule=cosine,qk_norm=False,zero_init=False,activation=gelu,norm=layernorm,"
@@ -45,9 +45,7 @@ def main(argv=None):
             found.append(dict(change=change, val_loss=losses, seconds=seconds))
             rows.append([change.replace("+", ", ") or "unchanged", spread(losses, 4), spread(seconds)])
             print(f"{rows[-1][0]}: {statistics.median(losses):.4f}", file=sys.stderr, flush=True)
-    print(fact_line(known))
-    print(table(rows))
-    write(args.json, dict(facts=known, runs=found))
+    report(args.json, known, rows, found)
     return 0
 
 

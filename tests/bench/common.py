@@ -2,7 +2,6 @@
 
 Importing it imports neither torch nor train.py, which keeps the memory of child processes their own.
 """
-import collections
 import datetime
 import importlib.metadata
 import importlib.util
@@ -17,11 +16,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def cores():
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+SIZES = {  # n_layer, n_head, n_embd, block_size, vocab_size
+    "0.8M": (4, 4, 128, 64, 65), "10.8M": (6, 6, 384, 256, 65), "124M": (12, 12, 768, 1024, 50304),
+}
+NAMES = "n_layer", "n_head", "n_embd", "block_size", "vocab_size"
 
 
 def chip():
@@ -35,18 +33,10 @@ def chip():
 
 def facts(**more):
     """What a figure is reported with. Call it before measuring: the load is that of other programs."""
-    try:
-        torch = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        torch = None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    return dict(cores=cores(), chip=chip(), torch=torch, python=platform.python_version(),
+    return dict(cores=cores, chip=chip(), torch=importlib.metadata.version("torch"),
                 date=datetime.date.today().isoformat(), load_before=load) | more
-
-
-def fact_line(found):
-    """facts() in one line: {"n": 3, "load_before": 0.1} -> "n 3, load before 0.1"."""
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found.items())
 
 
 def spread(values, digits=1):
@@ -56,12 +46,6 @@ def spread(values, digits=1):
         return "-"
     middle, least, most = (f"{x:,.{digits}f}" for x in (statistics.median(values), min(values), max(values)))
     return middle if len(values) == 1 else f"{middle} ({least} to {most})"
-
-
-def summary(values):
-    """The same as a dict for JSON, with every value; None of none."""
-    values = [value for value in values if value is not None]
-    return dict(median=statistics.median(values), least=min(values), most=max(values), all=values) if values else None
 
 
 def table(rows):
@@ -77,9 +61,11 @@ def table(rows):
     return "\n".join(line.rstrip() for line in lines)
 
 
-def write(path, figures):
-    """Write figures as JSON and print the path."""
-    Path(path).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+def report(path, known, rows, figures):
+    """Print the facts and a table, and write all figures as JSON."""
+    print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in known.items()))
+    print(table(rows))
+    Path(path).write_text(json.dumps(dict(facts=known, figures=figures), indent=2) + "\n", encoding="utf-8")
     print(f"written to {path}")
 
 
@@ -103,23 +89,23 @@ def launch(command, folder, enough=None):
     The child is terminated when enough() is true after a line. Exits if the child fails.
     """
     began, lines, stopped = time.perf_counter(), [], False
-    child = subprocess.Popen([sys.executable, "-u", *map(str, command)], cwd=folder, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
-    last = collections.deque(maxlen=20)
-    try:
+    with subprocess.Popen([sys.executable, "-u", *map(str, command)], cwd=folder, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, encoding="utf-8", errors="replace") as child:
         for line in child.stdout:
             lines.append((time.perf_counter() - began, line.rstrip("\n")))
-            last.append(line)
             if enough and not stopped and enough():
                 child.terminate()
                 stopped = True
-        status = child.wait()
-    finally:
-        if child.poll() is None:  # this program was interrupted
-            child.kill()
-    if status and not stopped:
-        sys.exit(f"{' '.join(map(str, command))}\nended with status {status}:\n{''.join(last)}")
+    if child.returncode and not stopped:
+        last = "\n".join(line for _, line in lines[-20:])
+        sys.exit(f"{' '.join(map(str, command))}\nended with status {child.returncode}:\n{last}")
     return lines, time.perf_counter() - began
+
+
+def log_of(folder):
+    """The records of a run's log.jsonl, [] if there is none."""
+    path = Path(folder) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def run_train(argv, folder, out, enough=None):
@@ -130,12 +116,6 @@ def run_train(argv, folder, out, enough=None):
     lines, _ = launch([ROOT / "train.py", *argv, f"--out_dir={out}"], folder, enough)
     start = next(seconds for seconds, line in lines if line.split()[:2] == ["step", "loss"])
     return [record | dict(seconds=start + record["elapsed"]) for record in log_of(out)]
-
-
-def curve_of(records, tokens_per_step):
-    """The evaluations in run_train()'s records."""
-    return [dict(step=r["step"], seconds=r["seconds"], tokens=r["step"] * tokens_per_step, val_loss=r["val_loss"])
-            for r in records if r["step"] and r["val_loss"] is not None]
 
 
 def prepared(folder, text=None):
@@ -150,17 +130,6 @@ def config_file(word):
     return str(Path(word).resolve() if Path(word).is_file() else ROOT / word)
 
 
-def size_of(argv, vocab):
-    """The Settings of a run of train.py, its tokens per step and the number of parameters."""
-    import train
-
-    s = train.Settings(**train.parse_args(train.Settings, argv)[0])
-    s.vocab_size = s.vocab_size or vocab
-    with train.torch.device("meta"):  # allocates nothing
-        model = train.GPT(s)
-    return s, s.batch_size * s.gradient_accumulation_steps * s.block_size, sum(p.numel() for p in model.parameters())
-
-
 def flops_per_token(n_layer, n_head, n_embd, block_size, vocab_size):
     """Floating point operations of a training step per token: three passes over each weight, and PaLM's attention."""
     return 6 * (12 * n_layer * n_embd**2 + vocab_size * n_embd) + 12 * n_layer * n_embd * block_size
@@ -172,12 +141,6 @@ def peak_flops(name):
              "A10": 125e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
              "MI300X": 1307e12}
     return next((peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", name)), None)
-
-
-def log_of(folder):
-    """The records of a run's log.jsonl, [] if there is none."""
-    path = Path(folder) / "log.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def nanogpt_model(checkout):

@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 
-from common import ROOT, fact_line, facts, nanogpt_model, spread, table, write
+from common import NAMES, ROOT, SIZES, facts, nanogpt_model, report, spread
 
 sys.path.insert(0, str(ROOT))
 
@@ -26,19 +26,13 @@ import torch  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 
-SIZES = {  # n_layer, n_head, n_embd, block_size, vocab_size
-    "0.8M": (4, 4, 128, 64, 65), "10.8M": (6, 6, 384, 256, 65), "124M": (12, 12, 768, 1024, 50304),
-}
-
 
 def ours(size, device, dtype, threads):
     """A function of (batch, prompt length, tokens) that generates with a GPT of train.py and returns the seconds."""
-    n_layer, n_head, n_embd, block_size, vocab_size = SIZES[size]
-    model = train.GPT(train.GPTConfig(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head,
-                                      n_embd=n_embd, zero_init=False, ngram=1)).eval()
+    shape = dict(zip(NAMES, SIZES[size], strict=True))
+    model = train.GPT(train.GPTConfig(**shape, zero_init=False, ngram=1)).eval()
     model.compute_dtype = dtype
     model.to(device, dtype)
-
     weights = sum(p.numel() for p in model.h.parameters())
 
     def run(batch, prompt, tokens):
@@ -52,10 +46,9 @@ def ours(size, device, dtype, threads):
 def nanogpt(checkout, size, device, dtype, threads):
     """The same for nanoGPT's model.py, under autocast as in its sample.py."""
     module = nanogpt_model(checkout)
-    n_layer, n_head, n_embd, block_size, vocab_size = SIZES[size]
+    shape = dict(zip(NAMES, SIZES[size], strict=True))
     with contextlib.redirect_stdout(io.StringIO()):
-        model = module.GPT(module.GPTConfig(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer,
-                                            n_head=n_head, n_embd=n_embd, dropout=0.0, bias=False)).eval().to(device)
+        model = module.GPT(module.GPTConfig(**shape, dropout=0.0, bias=False)).eval().to(device)
     cast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
     def run(batch, prompt, tokens):
@@ -128,9 +121,7 @@ def main(argv=None):
                 for part, v in found["sample.py"].items())])
         results.append(dict(batch=batch, tokens_per_second=found))
         print(f"batch {batch} is measured", file=sys.stderr, flush=True)
-    print(fact_line(known))
-    print(table(rows))
-    write(args.json, known | dict(results=results))
+    report(args.json, known, rows, results)
     return 0
 
 

@@ -8,12 +8,12 @@ fast as memory once the system's cache has it, so this shows what train.py adds,
 """
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, fact_line, facts, log_of, spread, summary, table, timed, write
+from common import ROOT, facts, log_of, report, spread, timed
 
-HEADER = 1024
 TINY = ("--ngram=1 --n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_size=4 --max_iters=100 "
         "--eval_interval=100 --log_interval=1 --eval_iters=1 --save_interval_minutes=0 --device=cpu --dtype=float32 "
         "--compile=False").split()
@@ -22,17 +22,15 @@ TINY = ("--ngram=1 --n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --batch_si
 def make_dataset(folder: Path, shards: int, tokens: int):
     """A dataset of holes: so many training shards of so many tokens each, or one train.bin as prepare.py makes it."""
     folder.mkdir(parents=True)
-    one = shards == 1
-    names = ["train.bin"] if one else [f"train_{i:06d}.bin" for i in range(shards)]
-    header, val = 0 if one else HEADER, "val.bin"
-    files = {"train": [{"name": name, "offset": header, "tokens": tokens} for name in names],
-             "val": [{"name": val, "offset": header, "tokens": 100_000}]}
+    names = ["train.bin"] if shards == 1 else [f"train_{i:06d}.bin" for i in range(shards)]
+    files = {"train": [{"name": name, "offset": 0, "tokens": tokens} for name in names],
+             "val": [{"name": "val.bin", "offset": 0, "tokens": 100_000}]}
     for shard in files["train"] + files["val"]:
         with open(folder / shard["name"], "wb") as file:
-            file.truncate(shard["offset"] + 2 * shard["tokens"])
+            file.truncate(2 * shard["tokens"])
     counts = {"train": shards * tokens, "val": 100_000}
     meta = {"format": 1, "corpus": "holes", "tokenizer": {"kind": "byte"}, "vocab_size": 257, "dtype": "uint16",
-            "tokens": counts, "bytes": counts} | ({} if one else {"files": files})
+            "tokens": counts, "bytes": counts, "files": files}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -42,16 +40,17 @@ def measure(folder: Path, dataset: str) -> dict:
     log = log_of(folder / "out")
     times = [line["elapsed"] for line in log]
     step = (times[-2] - times[9]) / (len(times) - 11)  # without the first ten, and the last, which evaluates and saves
-    return {"peak MB": peak, "first step s": times[0], "ms a step": 1000 * step}
+    return {"peak MB": peak, "first step, s": times[0], "ms per step": 1000 * step}
 
 
-def main():
+def main(argv=None):
+    """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=100, help="of the large dataset (default: 100)")
     parser.add_argument("--tokens", type=int, default=10**8, help="in each of its shards (default: 100000000)")
     parser.add_argument("--n", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument("--json", type=Path, default=Path("bench-shards.json"), help="default: bench-shards.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     known = facts(n=args.n)
     sizes = {"small": (1, 10**6), "large": (args.shards, args.tokens)}
@@ -65,17 +64,13 @@ def main():
             for dataset in sizes:
                 runs[dataset].append(measure(folder, dataset))
 
-    rows, lines = [], [["training tokens", "shards", "peak MB", "launch to step 1, s", "ms a step"]]
+    rows = [["training tokens", "shards", *runs["small"][0]]]
     for dataset, (shards, tokens) in sizes.items():
-        found = {key: [run[key] for run in runs[dataset]] for key in ("peak MB", "first step s", "ms a step")}
-        lines.append([f"{shards * tokens:,}", shards,
-                      *(spread(found[key], digits) for key, digits in zip(found, (1, 2, 2), strict=True))])
-        rows.append(dict(tokens=shards * tokens, shards=shards, runs=runs[dataset])
-                    | {key: summary(values) for key, values in found.items()})
-    print(fact_line(known))
-    print(table(lines))
-    write(args.json, dict(facts=known, rows=rows))
+        rows.append([f"{shards * tokens:,}", shards,
+                     *(spread([run[key] for run in runs[dataset]]) for key in runs[dataset][0])])
+    report(args.json, known, rows, runs)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
