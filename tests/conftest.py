@@ -1,16 +1,27 @@
-"""What the tests share: a small text with structure, a working folder that holds it as a dataset, a train.py to run."""
+"""Shared fixtures: a small dataset in a temporary folder, tiny models, a download server, an encoding like GPT-2's."""
 import hashlib
+import http.server
 import json
 import os
 import random
+import re
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+import prepare
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait sleep: faster on a busy machine
+for key in ("RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT "
+            "HTTP_PROXY HTTPS_PROXY ALL_PROXY http_proxy https_proxy all_proxy").split():
+    os.environ.pop(key, None)
+prepare.RETRY_SECONDS = 0
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a background job; processes started here would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("shared machine", deadline=None, database=None,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
@@ -25,7 +36,7 @@ TIMINGS = {"elapsed", "tokens_per_second", "peak_memory"}  # the keys of a log l
 
 
 def random_model(seed=0, **config):
-    """A tiny GPT whose every parameter is drawn wide enough that its choices differ from one context to the next."""
+    """A tiny GPT with weights so large that its predictions depend on the context."""
     import torch
 
     import train
@@ -39,7 +50,7 @@ def random_model(seed=0, **config):
 
 
 def sentences(count, seed=0):
-    """A text that a tiny model can learn something from: always the same, and not ASCII alone."""
+    """A text that a tiny model can learn, the same for each seed, with characters beyond ASCII."""
     draw = random.Random(seed).choice
     return "".join(f"{draw('the a'.split())} {draw('cat dog naïve fox'.split())} {draw('sees likes is'.split())} "
                    f"{draw('the a'.split())} {draw('house tree café'.split())}.\n" for _ in range(count))
@@ -47,8 +58,6 @@ def sentences(count, seed=0):
 
 class Project:
     """A folder to run train.py in, with data/tiny/ in it."""
-
-    tiny = TINY
 
     def __init__(self, path, capsys):
         self.path, self.capsys, self.text = path, capsys, sentences(120)
@@ -72,7 +81,7 @@ class Project:
         return folder
 
     def settings(self, *argv):
-        """The Settings of a tiny run, with what `argv` changes, as train() completes them from the data."""
+        """The Settings of a tiny run and these flags, with the vocabulary size of the dataset."""
         import train
         s = train.Settings(**train.parse_args(train.Settings, [*TINY, *argv])[0])
         s.vocab_size = s.vocab_size or train.read_meta(s.dataset)[1]["vocab_size"]
@@ -85,7 +94,7 @@ class Project:
         return train.TokenDataset(folder, name, meta)
 
     def train(self, *argv, status=0):
-        """Run train.py on tiny settings and what `argv` changes. Returns what it wrote to (stdout, stderr)."""
+        """Run train.py with TINY and these flags. Returns its (stdout, stderr)."""
         import train
         self.capsys.readouterr()
         found = train.main([*TINY, *argv])
@@ -93,50 +102,49 @@ class Project:
         assert found == status, f"exit status {found}, not {status}: {written.err}"
         return written
 
-    def refuse(self, *argv, plain=False):
-        """Run train.py on a user's mistake: one line, status 2, no file touched. Returns the line."""
-        import train
+    def refuse(self, *argv):
+        """Run train.py on a user's mistake: one line, status 2, no file changed. Returns the line."""
         before = self.files()
-        self.capsys.readouterr()
-        status = train.main([*([] if plain else TINY), *argv])
-        error = self.capsys.readouterr().err
-        assert status == 2, f"exit status {status}, not 2: {error}"
+        error = self.train(*argv, status=2).err
         assert error.count("\n") == 1 and error.endswith("\n"), f"not one line: {error!r}"
-        assert "Traceback" not in error
-        assert self.files() == before, "a refused command left something behind"
+        assert self.files() == before, "a refused command changed files"
         return error
 
     def files(self):
-        """Every file in the folder, with its size and time of change, but the lock that a run holds."""
+        """The size and modification time of every file in the folder but .lock."""
         found = [path for path in self.path.rglob("*") if path.is_file() and path.name != ".lock"]
         return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
 
     def log(self, out="out", timings=False):
-        """The lines of log.jsonl as dicts, less what no two runs share."""
+        """The lines of log.jsonl as dicts, without timings."""
         lines = (self.path / out / "log.jsonl").read_text(encoding="utf-8").splitlines()
         return [{k: v for k, v in json.loads(line).items() if timings or k not in TIMINGS} for line in lines]
 
     def checkpoint(self, out="out", name="ckpt.pt"):
-        """A checkpoint, read as anyone may read it."""
+        """A checkpoint as a dict."""
         import torch
         return torch.load(self.path / out / name, weights_only=True)
 
-    def signal_at(self, monkeypatch, step, *numbers):
-        """Have this process receive the signals during the update that follows `step` others."""
-        import train
-        real = train.get_lr
+    def state(self, out="out", name="ckpt.pt"):
+        """A checkpoint without the settings and the elapsed time, in which two equal runs may differ."""
+        checkpoint = self.checkpoint(out, name)
+        del checkpoint["config"], checkpoint["progress"]["elapsed"]
+        return checkpoint
 
-        def get_lr(now, s):
-            if now == step:
-                for number in numbers:
-                    signal.raise_signal(number)
-            return real(now, s)
+    def step(self, out="out", name="ckpt.pt"):
+        """The step of a checkpoint."""
+        return self.checkpoint(out, name)["progress"]["step"]
 
-        monkeypatch.setattr(train, "get_lr", get_lr)
+
+def call_at(monkeypatch, step, action):
+    """Call action() in the training step that follows `step` others."""
+    import train
+    real = train.get_lr
+    monkeypatch.setattr(train, "get_lr", lambda now, s: (now == step and action(), real(now, s))[1])
 
 
 def same(a, b):
-    """Whether two checkpoints, or parts of them, are equal to the last bit."""
+    """Whether two checkpoints, or parts of them, are bit-identical."""
     import torch
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
@@ -149,7 +157,7 @@ def same(a, b):
 
 @pytest.fixture
 def torch_state():
-    """Torch as the test found it, when the test has ended; in between, one thread, the fastest for a tiny model."""
+    """One thread, the fastest for a tiny model. Restores torch's global state."""
     import torch
     threads, grad, state = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_rng_state()
     torch.set_num_threads(1)
@@ -168,10 +176,7 @@ def seeded(torch_state):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch, capsys, torch_state):
-    """A Project to work in. The signal handlers that a run installs are taken out again."""
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID",
-                "TORCHELASTIC_RESTART_COUNT"):
-        monkeypatch.delenv(key, raising=False)
+    """A Project as the working directory. Restores the signal handlers."""
     import train
     monkeypatch.setattr(train, "plot_losses", lambda *args: None)  # slow; see test_pictures.py
     monkeypatch.chdir(tmp_path)
@@ -179,3 +184,80 @@ def project(tmp_path, monkeypatch, capsys, torch_state):
     yield Project(tmp_path, capsys)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` (bytes by name) under `folder`, by redirects like huggingface.co below /resolve/main/.
+
+    answers: how to respond to each request, the last one repeated: a status or words of Handler. seen: the requests.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.folder, self.answers, self.seen, self.etag = {}, "/", [""], [], '"one"'
+        self.checksum = lambda data: hashlib.sha256(data).hexdigest()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def names(self):
+        """The names of the files requested since the last call."""
+        found = [path.rpartition("/")[2] for path, _ in self.seen]
+        self.seen.clear()
+        return found
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server, (folder, _, name) = self.server, self.path.rpartition("/")
+        body, start = server.files.get(name), 0
+        if body is None or not self.path.startswith((server.folder, "/cdn/")):
+            return self.send_error(404)
+        if folder.endswith("/resolve/main"):
+            self.send_response(302)
+            self.send_header("Location", f"/cdn/{name}")
+            self.send_header("X-Linked-Etag", f'"{server.checksum(body)}"')
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        server.seen.append((self.path, dict(self.headers)))
+        answer = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
+        if isinstance(answer, int):
+            return self.send_error(answer)
+        if "html" in answer:
+            body = b"<!DOCTYPE html><html>Please log in</html>"
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if asked and "no range" not in answer and self.headers.get("If-Range") == server.etag:
+            start = int(asked[1])
+        if start == len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Type", "text/html" if "html" in answer else "text/plain")
+        if "no length" not in answer:
+            self.send_header("Content-Length", str(len(body) - start))
+        if "no etag" not in answer:
+            self.send_header("ETag", server.etag)
+        self.end_headers()
+        self.wfile.write(body[start:(start + len(body)) // 2 if "drop" in answer else None])
+        self.close_connection = True
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A Server in place of huggingface.co."""
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"{running.url}/")
+        yield running
+        running.shutdown()
+
+
+@pytest.fixture
+def byte_level_gpt2(monkeypatch):
+    """An encoding of the 256 bytes and <|endoftext|> in place of GPT-2's."""
+    tiktoken = pytest.importorskip("tiktoken")
+    small = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks={bytes([i]): i for i in range(256)},
+                              special_tokens={"<|endoftext|>": 256})
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": small}.__getitem__)

@@ -1,5 +1,4 @@
 """The README's commands run, and the files it names exist."""
-import http.server
 import io
 import os
 import re
@@ -7,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 
 import pytest
 from conftest import ROOT
@@ -41,39 +39,16 @@ def test_no_figure_is_missing():
 
 
 @pytest.fixture
-def newcomer(project, tmp_path, monkeypatch):
-    """A folder with the files of a clone and some texts, and a loopback server instead of the network."""
+def clone(project, server, byte_level_gpt2, tmp_path, monkeypatch):
+    """The scripts and configs in a folder with some texts, and a server with the corpora."""
     for name in ("config", "train.py", "prepare.py", "sample.py"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
-    (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "a.txt").write_text(TEXT, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(TEXT)))
-            self.end_headers()
-            self.wfile.write(TEXT.encode())
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/shakespeare.txt"
+    for name in ("book.txt", "notes/a.txt"):
+        (tmp_path / name).write_text(TEXT, encoding="utf-8")
+    server.files["book.txt"] = TEXT.encode()
     for name in ("shakespeare", "atticus"):
-        monkeypatch.setitem(prepare.CORPORA, name, (url, None))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-    import tiktoken
-    letters = {bytes([i]): i for i in range(256)}
-    special = {"<|endoftext|>": 256}
-    small = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=letters, special_tokens=special)
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small)
-    yield tmp_path
-    server.shutdown()
+        monkeypatch.setitem(prepare.CORPORA, name, (f"{server.url}/book.txt", None))
 
 
 def run(command, monkeypatch):
@@ -97,8 +72,8 @@ def run(command, monkeypatch):
     return prepare.main(args)
 
 
-def test_every_command_is_understood(monkeypatch):
-    """Also those that need GPUs, a network or minutes, in code and in text."""
+def test_the_arguments_of_every_command_are_valid(monkeypatch):
+    """Also of those that need GPUs, a network or minutes, in code and in text."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(prepare, "prepare", lambda *args: None)
     monkeypatch.setattr(prepare, "prepare_fineweb", lambda *args: None)
@@ -114,7 +89,7 @@ def test_every_command_is_understood(monkeypatch):
     assert len(found) > 40
 
 
-def test_every_command_runs(newcomer, monkeypatch):
+def test_every_command_runs(clone, monkeypatch):
     ran = []
     for command in commands():
         if command.startswith(("pip install", "pytest")):
