@@ -1,10 +1,9 @@
 """Kill a run with SIGKILL again and again, resume it each time, and compare its end with that of an undisturbed run.
 
-    python tests/chaos.py --kills=50                one process, killed at random moments, every other time in a save
-    python tests/chaos.py --kills=5 --torchrun      two processes; torchrun restarts a killed worker (Linux)
+    python tests/chaos.py --kills=50
 
-Weights, optimizer, data position, best loss and log must be equal to the last bit; exit status 1 where they are not.
-One kill in ten also truncates the latest checkpoint, as a power failure can, so that the previous one is needed.
+Every other kill is during a save. Weights, optimizer, data position, best loss and log must be bit-identical, or the
+exit status is 1. One kill in ten also truncates the latest checkpoint, so that the previous one is needed.
 """
 import os
 
@@ -15,7 +14,6 @@ import contextlib
 import multiprocessing
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -48,16 +46,8 @@ def started(*argv):
     return process
 
 
-def torchrun(restarts, *argv):
-    """Two processes of train.py under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               f"--max-restarts={restarts}", "--monitor-interval=0.1", str(ROOT / "train.py"), *RUN, *argv]
-    with open("output.txt", "a", encoding="utf-8") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-
-
 def marks():
-    """What changes while a checkpoint is saved."""
+    """The temporary files of a save, with their inodes and modification times."""
     found = []
     for name in ("ckpt-new.pt.tmp", "ckpt-new.pt", "link.tmp"):
         with contextlib.suppress(OSError):
@@ -75,7 +65,7 @@ def wait_for_save(is_alive):
 
 
 def loaded(path):
-    """A checkpoint without what two runs of one curve may differ in, or None if it is missing or damaged."""
+    """A checkpoint without settings and elapsed time, or None if it is missing or damaged."""
     with contextlib.suppress(train.UserError):
         checkpoint = train.load_checkpoint(path)
         del checkpoint["config"], checkpoint["progress"]["elapsed"]
@@ -84,12 +74,12 @@ def loaded(path):
 
 
 def differences():
-    """The names of all in which the ends of out/ and whole/ differ."""
+    """The names of the parts in which out/ and reference/ differ."""
     logs = [[{k: v for k, v in record.items() if k not in TIMINGS} for record in train.read_log(folder)]
-            for folder in ("out", "whole")]
+            for folder in ("out", "reference")]
     found = ["log.jsonl"] * (logs[0] != logs[1])
     for name in ("ckpt.pt", "best.pt"):
-        a, b = loaded(Path("out", name)), loaded(Path("whole", name))
+        a, b = loaded(Path("out", name)), loaded(Path("reference", name))
         found += [f"{name}: {key}" for key in b if not a or not same(a[key], b[key])]
     return found
 
@@ -97,7 +87,7 @@ def differences():
 def survive(kills, rng):
     """Kill a run that often and resume it until it is done. Returns the figures as a dict."""
     steps = f"--max_iters={25 * kills + 10}"  # more than all the killed runs can do
-    started(steps, "--out_dir=whole").join()
+    started(steps, "--out_dir=reference").join()
     figures = dict(kills=0, in_a_save=0, checkpoints_cut=0, resumed_from_previous=0)
     while True:
         intact, before = bool(loaded(LATEST)), marks()
@@ -121,41 +111,18 @@ def survive(kills, rng):
             figures["checkpoints_cut"] += 1
 
 
-def survive_torchrun(kills, rng):
-    """Kill one of two processes that often; torchrun restarts them. Returns the figures as a dict."""
-    steps, figures = f"--max_iters={25 * kills + 10}", dict(kills=0)
-    assert torchrun(0, steps, "--out_dir=whole").wait(timeout=300) == 0, Path("output.txt").read_text()
-    process = torchrun(kills, steps)
-    try:
-        while figures["kills"] < kills and process.poll() is None:
-            for _ in range(1 + rng.randrange(3)):
-                wait_for_save(lambda: process.poll() is None)
-            time.sleep(rng.random() * 0.02)
-            found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-            workers = [int(pid) for pid in found.stdout.split() if b"train.py" in Path(
-                "/proc", pid, "cmdline").read_bytes()] if process.poll() is None else []
-            if workers:
-                os.kill(rng.choice(workers), signal.SIGKILL)
-                figures["kills"] += 1
-        return figures | dict(exit_status=process.wait(timeout=300))
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # torchrun and its workers, a session of their own
-            os.killpg(process.pid, signal.SIGKILL)
-
-
 def main(argv=None):
-    """The command line. Returns the exit status: 0 when nothing was lost."""
+    """The command line. Returns the exit status: 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="how often the run is killed (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    parser.add_argument("--torchrun", action="store_true", help="two processes under torchrun, a worker is killed")
     args = parser.parse_args(argv)
     before, began = os.getcwd(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         Project(Path(folder), None)
         os.chdir(folder)
         try:
-            figures = (survive_torchrun if args.torchrun else survive)(args.kills, random.Random(args.seed))
+            figures = survive(args.kills, random.Random(args.seed))
             found = differences() if figures["exit_status"] == 0 else ["the exit status"]
             output = Path("output.txt").read_text(encoding="utf-8")
         finally:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, sentences
-from test_hostile import CODE, Call
+from test_safety import CODE, Call
 
 import sample
 import train
@@ -104,32 +104,32 @@ def reference_loss(weights, tokens):
 
 @pytest.fixture
 def nanogpt(project):
-    """A project beside nanoGPT's folder, theirs/, with its data, checkpoint and config. Its weights are `weights`."""
-    write_data(project.path / "theirs" / "data" / "letters")
-    project.weights = write_checkpoint(project.path / "theirs" / "out" / "ckpt.pt")
-    (project.path / "theirs.py").write_text(CONFIG)
+    """A project with a checkout nanoGPT/ that has a dataset and a checkpoint of `weights`, and with its config."""
+    write_data(project.path / "nanoGPT" / "data" / "letters")
+    project.weights = write_checkpoint(project.path / "nanoGPT" / "out" / "ckpt.pt")
+    (project.path / "letters.py").write_text(CONFIG)
     return project
 
 
 def run(*argv, status=0):
-    assert train.main([NANOGPT, "theirs.py", *argv]) == status
+    assert train.main([NANOGPT, "letters.py", *argv]) == status
 
 
 # Data
 
-def test_a_data_folder_gives_the_curve_of_the_same_text_prepared_here(nanogpt):
+def test_a_data_folder_gives_the_curve_of_the_same_text_in_our_format(nanogpt):
     nanogpt.train("--max_iters=10")
-    nanogpt.train("--max_iters=10", "--dataset=theirs/data/letters", "--out_dir=theirs/out-ours")
-    ours, theirs = nanogpt.log(), nanogpt.log("theirs/out-ours")
+    nanogpt.train("--max_iters=10", "--dataset=nanoGPT/data/letters", "--out_dir=nanoGPT/out-ours")
+    ours, reference = nanogpt.log(), nanogpt.log("nanoGPT/out-ours")
     for key in ("loss", "val_loss", "train_loss", "grad_norm"):
-        assert [r[key] for r in theirs] == [r[key] for r in ours]
-    assert theirs[-1]["bits_per_byte"] is None, "the bins do not tell how many bytes they stand for"
-    assert nanogpt.checkpoint("theirs/out-ours")["tokenizer"] == nanogpt.checkpoint()["tokenizer"]
+        assert [r[key] for r in reference] == [r[key] for r in ours]
+    assert reference[-1]["bits_per_byte"] is None, "the number of bytes is not known"
+    assert nanogpt.checkpoint("nanoGPT/out-ours")["tokenizer"] == nanogpt.checkpoint()["tokenizer"]
 
 
 def test_a_data_folder_without_characters_is_of_gpt2_tokens(nanogpt):
-    write_data(nanogpt.path / "theirs" / "data" / "words", None, [*range(0, 50257, 200), 50256])
-    nanogpt.train("--dataset=theirs/data/words", "--max_iters=1", "--n_embd=8")
+    write_data(nanogpt.path / "nanoGPT" / "data" / "words", None, [*range(0, 50257, 200), 50256])
+    nanogpt.train("--dataset=nanoGPT/data/words", "--max_iters=1", "--n_embd=8")
     checkpoint = nanogpt.checkpoint()
     assert checkpoint["config"]["vocab_size"] == 50257
     assert checkpoint["tokenizer"] == dict(kind="tiktoken", encoding="gpt2")
@@ -137,12 +137,11 @@ def test_a_data_folder_without_characters_is_of_gpt2_tokens(nanogpt):
 
 @pytest.mark.parametrize("meta", [
     pickle.dumps(dict(vocab_size=2, itos=Call(eval, CODE))), pickle.dumps(Call(eval, CODE), protocol=0), b"",
-    b"\x80\x04K\x01.", pickle.dumps(dict(itos=ITOS))[:-9], pickle.dumps(dict(itos={1: "a"})),
-    pickle.dumps(dict(itos=[1, 2])), pickle.dumps(dict(vocab_size=2))], ids=range(8))
+    pickle.dumps(dict(itos=ITOS))[:-9], pickle.dumps(dict(itos={1: "a"}))], ids=range(5))
 def test_meta_pkl_runs_no_code_and_its_damage_is_one_line(nanogpt, meta):
-    path = nanogpt.path / "theirs" / "data" / "letters" / "meta.pkl"
+    path = nanogpt.path / "nanoGPT" / "data" / "letters" / "meta.pkl"
     path.write_bytes(meta)
-    assert "meta.pkl" in nanogpt.refuse("--dataset=theirs/data/letters")
+    assert "meta.pkl" in nanogpt.refuse("--dataset=nanoGPT/data/letters")
     assert not Path("canary").exists()
 
 
@@ -165,8 +164,8 @@ def test_a_checkpoint_has_the_logits_of_nanogpt(options, tmp_path):
     assert checkpoint["tokenizer"] == (dict(kind="tiktoken", encoding="gpt2") if is_gpt2 else None)
 
 
-def test_the_whole_validation_loss_is_that_of_nanogpt(nanogpt):
-    assert train.main(["--init_from=theirs/out/ckpt.pt", "--dataset=theirs/data/letters", "--eval_only",
+def test_the_validation_loss_is_that_of_nanogpt(nanogpt):
+    assert train.main(["--init_from=nanoGPT/out/ckpt.pt", "--dataset=nanoGPT/data/letters", "--eval_only",
                        "--device=cpu", "--dtype=float32"]) == 0
     found = float(nanogpt.capsys.readouterr().out.split("validation loss ")[1].split()[0])
     ids = torch.tensor([CHARS.index(c) for c in TEXT[len(TEXT) * 9 // 10:]])
@@ -177,10 +176,10 @@ def test_the_whole_validation_loss_is_that_of_nanogpt(nanogpt):
 
 
 def test_one_adamw_step_is_that_of_nanogpt(nanogpt):
-    """Two groups, decay of matrices alone, clipping, warmup: the equal weights after a step on an equal batch."""
-    run("--dataset=theirs/data/letters", "--init_from=theirs/out/ckpt.pt")
+    """Weight decay of the matrices, clipping and warmup: the same weights after a step on the same batch."""
+    run("--dataset=nanoGPT/data/letters", "--init_from=nanoGPT/out/ckpt.pt")
     s = train.Settings(**nanogpt.checkpoint("out-letters")["config"])
-    folder, meta = train.read_meta("theirs/data/letters")
+    folder, meta = train.read_meta("nanoGPT/data/letters")
     x, y = train.get_batch(train.TokenDataset(folder, "train", meta), s, 0, 8, torch.device("cpu"))
     weights = nanogpt.weights
     del weights["lm_head.weight"]
@@ -193,13 +192,13 @@ def test_one_adamw_step_is_that_of_nanogpt(nanogpt):
     found = nanogpt.checkpoint("out-letters")["model"]
     for name, weight in weights.items():
         settled = weight.grad.abs()[:16 if "wpe" in name else None] > 1e-6  # Adam's first step divides g by |g|
-        ours, theirs = found[name.removeprefix("transformer.")][settled], weight[:len(settled)][settled].detach()
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+        ours, reference = found[name.removeprefix("transformer.")][settled], weight[:len(settled)][settled].detach()
+        torch.testing.assert_close(ours, reference, atol=1e-6, rtol=0)
         assert settled.float().mean() > 0.5
 
 
 def test_a_run_from_a_checkpoint_lowers_the_loss_and_resumes(nanogpt):
-    flags = ["--dataset=theirs/data/letters", "--eval_interval=10", "--init_from=theirs/out/ckpt.pt"]
+    flags = ["--dataset=nanoGPT/data/letters", "--eval_interval=10", "--init_from=nanoGPT/out/ckpt.pt"]
     run(*flags, "--max_iters=20")
     first, *_, last = nanogpt.log("out-letters")
     assert first["step"] == 0 and last["step"] == 20 and last["val_loss"] < first["val_loss"]
@@ -209,18 +208,9 @@ def test_a_run_from_a_checkpoint_lowers_the_loss_and_resumes(nanogpt):
 
 def test_resuming_a_run_of_nanogpt_is_refused(nanogpt):
     before = nanogpt.files()
-    run("--out_dir=theirs/out", "--dataset=theirs/data/letters", "--init_from=resume", status=2)
-    assert "--init_from=theirs/out/ckpt.pt" in nanogpt.capsys.readouterr().err
+    run("--out_dir=nanoGPT/out", "--dataset=nanoGPT/data/letters", "--init_from=resume", status=2)
+    assert "--init_from=nanoGPT/out/ckpt.pt" in nanogpt.capsys.readouterr().err
     assert nanogpt.files() == before
-
-
-def test_a_damaged_checkpoint_is_one_line(nanogpt):
-    path = nanogpt.path / "theirs" / "out" / "ckpt.pt"
-    whole = torch.load(path, weights_only=True)
-    del whole["model"]["transformer.h.0.ln_1.weight"]
-    for broken in (whole, dict(model_args={}), dict(model_args=dict(whole["model_args"]), model=3)):
-        torch.save(broken, path)
-        assert "ckpt.pt" in nanogpt.refuse("--init_from=theirs/out/ckpt.pt", "--dataset=theirs/data/letters")
 
 
 def test_a_checkpoint_of_train_py_starts_a_new_run(project):
@@ -250,24 +240,24 @@ def test_sample_py_finds_the_characters(nanogpt, monkeypatch):
     for _ in range(9):
         ids = torch.tensor([[CHARS.index(c) for c in text]])
         text += CHARS[reference_logits(nanogpt.weights, ids)[0, -1].argmax()]
-    assert generated(nanogpt, "--init_from=theirs/out/ckpt.pt") == text + "\n"
-    assert generated(nanogpt, "--out_dir=theirs/out") == text + "\n"
-    shutil.copytree("theirs/data/letters", "data/letters")
-    shutil.rmtree("theirs/data")
-    assert generated(nanogpt, "--ckpt=theirs/out/ckpt.pt") == text + "\n"
+    assert generated(nanogpt, "--init_from=nanoGPT/out/ckpt.pt") == text + "\n"
+    assert generated(nanogpt, "--out_dir=nanoGPT/out") == text + "\n"
+    shutil.copytree("nanoGPT/data/letters", "data/letters")
+    shutil.rmtree("nanoGPT/data")
+    assert generated(nanogpt, "--ckpt=nanoGPT/out/ckpt.pt") == text + "\n"
     shutil.move("data/letters", "elsewhere")
-    assert sample.main([*GREEDY, "--init_from=theirs/out/ckpt.pt"]) == 2
+    assert sample.main([*GREEDY, "--init_from=nanoGPT/out/ckpt.pt"]) == 2
     assert "--dataset" in nanogpt.capsys.readouterr().err
-    assert generated(nanogpt, "--init_from=theirs/out/ckpt.pt", "--dataset=./elsewhere") == text + "\n"
+    assert generated(nanogpt, "--init_from=nanoGPT/out/ckpt.pt", "--dataset=./elsewhere") == text + "\n"
     nanogpt.dataset("fewer", "abc" * 100)
-    assert sample.main([*GREEDY, "--init_from=theirs/out/ckpt.pt", "--dataset=fewer"]) == 2
+    assert sample.main([*GREEDY, "--init_from=nanoGPT/out/ckpt.pt", "--dataset=fewer"]) == 2
     assert nanogpt.capsys.readouterr().err.count("\n") == 1
 
 
 # Config files
 
 def test_a_config_file_means_what_it_means_there(nanogpt, capsys):
-    values, _ = train.parse_args(train.Settings, [NANOGPT, "theirs.py"])
+    values, _ = train.parse_args(train.Settings, [NANOGPT, "letters.py"])
     expected = dict(
         out_dir="out-letters", eval_interval=2000, eval_iters=0, wandb_project="letters", wandb_run_name="gpt2",
         dataset="letters", batch_size=2, gradient_accumulation_steps=4, n_layer=2, n_head=12, learning_rate=1e-2,
@@ -275,31 +265,17 @@ def test_a_config_file_means_what_it_means_there(nanogpt, capsys):
         activation="gelu", bias=False, tie_weights=True)
     assert {key: values[key] for key in expected} == expected
     capsys.readouterr()
-    run("--dataset=theirs/data/letters", "--init_from=theirs/out/ckpt.pt")
+    run("--dataset=nanoGPT/data/letters", "--init_from=nanoGPT/out/ckpt.pt")
     note = capsys.readouterr().err
-    assert note.count("\n") == 1 and "theirs.py:6" in note and "wandb_run_name" in note
-
-
-@pytest.mark.parametrize("line", ["out_dir = 'run-' + str(time.time())", "max_iters = int('5')"])
-def test_other_values_that_are_no_literals_are_refused(line, project):
-    Path("mine.py").write_text(f"import time\n{line}\n")
-    assert "mine.py:2" in project.refuse("mine.py")
+    assert note.count("\n") == 1 and "letters.py:6" in note and "wandb_run_name" in note
 
 
 def test_model_settings_come_from_pretrained_weights(nanogpt):
     """A config file of another shape does not contradict --init_from, as in nanoGPT; a flag does."""
     Path("small.py").write_text("n_layer = 12\nbias = True\nblock_size = 1024\nmax_iters = 1\ndevice = 'cpu'\n")
-    flags = ["small.py", "--init_from=theirs/out/ckpt.pt", "--dataset=theirs/data/letters"]
+    flags = ["small.py", "--init_from=nanoGPT/out/ckpt.pt", "--dataset=nanoGPT/data/letters"]
     assert train.main(flags) == 0
     config = nanogpt.checkpoint()["config"]
     assert (config["n_layer"], config["bias"], config["block_size"]) == (2, False, 24)
     assert train.main([*flags, "--n_layer=12"]) == 2
     assert "n_layer=12 contradicts" in nanogpt.capsys.readouterr().err
-
-
-def test_config_nanogpt_has_the_parameters_of_nanogpt():
-    """nanoGPT prints 123.59M, without the 786,432 of the positions."""
-    values, _ = train.parse_args(train.Settings, [NANOGPT])
-    with torch.device("meta"):
-        model = train.GPT(train.Settings(**values | dict(vocab_size=50257)))
-    assert sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel() == 123_587_328

@@ -3,28 +3,16 @@ import functools
 import math
 import os
 import re
-import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import same
+from conftest import call_at, same
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
-
-
-def state(project, out="out", name="ckpt.pt"):
-    """A checkpoint without what two equal runs may differ in: the elapsed time and the settings."""
-    checkpoint = project.checkpoint(out, name)
-    del checkpoint["config"], checkpoint["progress"]["elapsed"]
-    return checkpoint
-
-
-def step_of(project, out="out", name="ckpt.pt"):
-    return project.checkpoint(out, name)["progress"]["step"]
 
 
 def letters(count, seed=0):
@@ -97,13 +85,12 @@ def test_gradient_accumulation_equals_one_large_batch(project, gradients, optimi
             assert (weight - other_weights[name]).norm() < 1e-3 * weight.norm(), name
 
 
-def test_lower_precision_learns_as_float32_does(project):
-    losses = []
-    for dtype in ("float32", "bfloat16", "float16"):
-        project.train(f"--dtype={dtype}", "--max_iters=60", "--eval_interval=60")
-        losses.append(project.log()[-1]["val_loss"])
-        assert {p.dtype for p in project.checkpoint()["model"].values()} == {torch.float32}
-    assert losses == pytest.approx([losses[0]] * 3, abs=0.05)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_learns_as_float32_does(project, dtype):
+    for out in ("float32", dtype):
+        project.train(f"--dtype={out}", f"--out_dir={out}", "--max_iters=60", "--eval_interval=60")
+    assert project.log(dtype)[-1]["val_loss"] == pytest.approx(project.log("float32")[-1]["val_loss"], abs=0.05)
+    assert {p.dtype for p in project.checkpoint(dtype)["model"].values()} == {torch.float32}
 
 
 # Repeating and resuming
@@ -112,53 +99,50 @@ def test_lower_precision_learns_as_float32_does(project):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_config_py_repeats_a_run_exactly(project, optimizer):
     project.train("--dropout=0.1", f"--optimizer={optimizer}")
-    first, log = state(project), project.log()
+    first, log = project.state(), project.log()
     assert train.main(["out/config.py"]) == 0
-    assert same(state(project), first) and project.log() == log
+    assert same(project.state(), first) and project.log() == log
     assert train.main(["out/config.py", "--seed=1"]) == 0
     assert project.log() != log
-
-
-def test_a_seed_trains_or_is_refused(project):
-    project.train(f"--seed={2**53 - 1}", "--max_iters=2")
-    assert "seed=-1" in project.refuse("--seed=-1")
 
 
 @pytest.mark.parametrize("argv", [
     "--optimizer=muon", "--optimizer=adamw", "--dtype=bfloat16", "--dtype=float16", "--gradient_accumulation_steps=3"])
 def test_a_resumed_run_equals_an_uninterrupted_one(project, monkeypatch, argv):
-    """To the last bit, with dropout, stopped twice between evaluations."""
+    """Bit-identical, with dropout, stopped twice between evaluations."""
     run = [argv, "--dropout=0.2", "--eval_interval=8", "--log_interval=1"]
-    project.train(*run, "--out_dir=whole")
+    project.train(*run, "--out_dir=reference")
     for step, number, more in ((6, signal.SIGTERM, []), (12, signal.SIGINT, ["--init_from=resume"])):
         with monkeypatch.context() as patch:
-            project.signal_at(patch, step, number)
+            call_at(patch, step, lambda number=number: signal.raise_signal(number))
             written = project.train(*run, "--out_dir=cut", *more, status=128 + number)
         assert "--init_from=resume" in written.out and written.err == ""
-        assert step_of(project, "cut") == step + 1
+        assert project.step("cut") == step + 1
     project.train(*run, "--out_dir=cut", "--init_from=resume")
     for name in ("ckpt.pt", "best.pt"):
-        assert same(state(project, "cut", name), state(project, "whole", name))
-    assert project.log("cut") == project.log("whole")
-    config, whole = (project.checkpoint(out)["config"] for out in ("cut", "whole"))
-    assert config == whole | dict(out_dir="cut")
+        assert same(project.state("cut", name), project.state("reference", name))
+    assert project.log("cut") == project.log("reference")
+    config, reference = (project.checkpoint(out)["config"] for out in ("cut", "reference"))
+    assert config == reference | dict(out_dir="cut")
 
 
 def test_a_run_resumes_with_its_own_settings(project):
-    """Those of the command line override them; out_dir is the command line's, also of a renamed directory."""
+    """Flags override them; the output directory may be renamed; a new setting has its default."""
     project.train("--out_dir=old", "--dropout=0.2", "--learning_rate=0.003", "--max_iters=10")
     os.replace("old", "out")
+    checkpoint = project.checkpoint()
+    del checkpoint["config"]["ngram_dropout"], checkpoint["config"]["wandb_project"]
+    torch.save(checkpoint, "out/ckpt.pt")
     assert train.main(["--init_from=resume", "--max_iters=20", "--learning_rate=0.001"]) == 0
     config = project.checkpoint()["config"]
     assert config["dropout"] == 0.2 and config["n_embd"] == 32 and config["learning_rate"] == 0.001
-    assert step_of(project) == 20 and not os.path.exists("old")
+    assert project.step() == 20 and not os.path.exists("old")
 
 
-@pytest.mark.parametrize("before, after", [("float32", "float16"), ("float16", "float32")])
-def test_the_dtype_may_change_on_resume(project, before, after):
-    project.train(f"--dtype={before}", "--max_iters=10")
-    project.train("--init_from=resume", f"--dtype={after}", "--max_iters=20")
-    assert step_of(project) == 20 and bool(project.checkpoint()["scaler"]) == (after == "float16")
+def test_the_dtype_may_change_on_resume(project):
+    for iters, dtype in ((10, "float32"), (20, "float16"), (30, "float32")):
+        project.train("--init_from=auto", f"--dtype={dtype}", f"--max_iters={iters}")
+        assert project.step() == iters and bool(project.checkpoint()["scaler"]) == (dtype == "float16")
 
 
 def test_a_run_is_extended(project, gradients):
@@ -166,19 +150,19 @@ def test_a_run_is_extended(project, gradients):
     gradients.clear()
     project.train("--init_from=resume", "--max_iters=20")
     assert len(gradients) == 20  # two optimizers
-    extended, log = state(project), project.log()
+    extended, log = project.state(), project.log()
     elapsed = [line["elapsed"] for line in project.log(timings=True)]
     assert [line["step"] for line in log] == [5, 10, 15, 20] and elapsed == sorted(elapsed)
     project.train("--decay_lr=False", "--max_iters=20")
-    assert same(state(project), extended) and project.log() == log
+    assert same(project.state(), extended) and project.log() == log
 
 
 @pytest.mark.parametrize("iters", [10, 5])
 def test_resuming_a_finished_run_changes_nothing(project, iters):
     project.train("--max_iters=10")
-    before, log = state(project), project.log(timings=True)
+    before, log = project.state(), project.log(timings=True)
     written = project.train("--init_from=resume", f"--max_iters={iters}")
-    assert written.err == "" and same(state(project), before) and project.log(timings=True) == log
+    assert written.err == "" and same(project.state(), before) and project.log(timings=True) == log
 
 
 @pytest.mark.parametrize("change", [
@@ -214,7 +198,7 @@ def mean_loss(model, tokens, block_size):
     return total / (len(tokens) - 1)
 
 
-@pytest.mark.parametrize("length", [260, 257, 258, 256, 17])
+@pytest.mark.parametrize("length", [260, 257, 256, 17])
 @torch.no_grad()
 def test_evaluation_covers_the_whole_split_for_any_batch_size(project, length):
     project.dataset("tiny", project.text, val=project.text[-length:])
@@ -230,15 +214,6 @@ def test_evaluation_covers_the_whole_split_for_any_batch_size(project, length):
     s = project.settings("--batch_size=3", "--eval_iters=2")
     expected = mean_loss(model, tokens[:6 * 16 + 1], 16)
     assert train.evaluate(model, split, s, train.World()) == pytest.approx(expected, abs=1e-6)
-
-
-def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(project):
-    project.train("--max_iters=10")
-    checkpoint = project.checkpoint()
-    del checkpoint["config"]["ngram_dropout"], checkpoint["config"]["wandb_project"]
-    torch.save(checkpoint, "out/ckpt.pt")
-    project.train("--init_from=resume")
-    assert step_of(project) == 20
 
 
 def test_the_training_loss_is_of_a_tenth_as_many_windows_without_dropout(project):
@@ -272,15 +247,15 @@ def test_eval_only_prints_the_loss_and_writes_nothing(project):
 @pytest.mark.parametrize("iters", [1, 7, 10])
 def test_a_run_takes_max_iters_steps_and_evaluates_and_saves_the_last(project, gradients, iters):
     project.train("--optimizer=adamw", f"--max_iters={iters}", "--eval_interval=5", "--log_interval=3")
-    assert len(gradients) == step_of(project) == iters
+    assert len(gradients) == project.step() == iters
     steps = range(1, iters + 1)
     assert [line["step"] for line in project.log()] == [n for n in steps if n % 3 == 0 or n % 5 == 0 or n == iters]
     assert [line["step"] for line in project.log() if line["val_loss"] is not None] == [
         n for n in steps if n % 5 == 0 or n == iters]
 
 
-def test_log_lines_have_the_keys_that_people_plot(project):
-    """The loss is the mean since the last line."""
+def test_log_lines(project):
+    """Their keys; the loss is the mean since the last line."""
     project.train()
     lines = project.log(timings=True)
     for line in lines:
@@ -372,18 +347,13 @@ def test_a_run_trains_uncompiled_without_a_compiler(project, compile_with):
     project.train("--out_dir=uncompiled", "--max_iters=5")
     error = project.train("--compile=True", "--max_iters=5").err
     assert error.count("\n") == 1 and "no C++ compiler" in error
-    assert same(state(project), state(project, "uncompiled"))
+    assert same(project.state(), project.state("uncompiled"))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[
-    pytest.mark.slow, pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
-                                         reason="no C++ compiler")])])
-def test_a_compiled_run_equals_an_uncompiled_one(project, monkeypatch, compile_with, backend):
-    """A bigram with inductor, which takes seconds for each kind of layer. Its checkpoint resumes uncompiled."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(project.path / "inductor"))
-    compile_with(backend)
+def test_a_compiled_run_equals_an_uncompiled_one(project, compile_with):
+    """Its checkpoint resumes uncompiled."""
+    compile_with("aot_eager")
     argv = ["--max_iters=4", "--log_interval=1", "--eval_interval=4", "--n_head=1", "--batch_size=2"]
-    argv += ["--n_layer=0"] * (backend == "inductor")
     for out, compiled in (("uncompiled", False), ("out", True)):
         project.train(*argv, f"--out_dir={out}", f"--compile={compiled}")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one for training, one for evaluation"
