@@ -107,38 +107,6 @@ def test_every_benchmark_has_help(name):
     assert "--json" in done.stdout and f"python tests/bench/{name}" in done.stdout
 
 
-def test_spread_table_and_peak_flops(bench):
-    common = bench("common")
-    assert common.spread([4, 1, 2]) == "2.0 (1.0 to 4.0)"
-    assert common.spread([1234.5], 0) == "1,234" and common.spread([None]) == "-"
-    assert common.table([["", "MB/s"], ["prepare.py", 163]]) == "            MB/s\nprepare.py   163"
-    assert common.peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and common.peak_flops("Radeon") is None
-    assert common.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and common.peak_flops("NVIDIA T400 4GB") is None
-
-
-def test_passing_is_the_first_evaluation_below_the_target_or_interpolated(bench):
-    passing = bench("char_cpu").passing
-    found = [dict(seconds=s, val_loss=loss) for s, loss in ((10, 2.4), (20, 2.0), (30, 1.6), (40, 1.9), (50, 1.5))]
-    assert passing(found, 1.88) == 30 and passing(found, 1.8, interpolate=True) == pytest.approx(25)
-    assert passing(found, 2.5) == passing(found, 2.5, interpolate=True) == 10
-    assert passing(found, 1.5) is None and passing([], 1.5) is None, "equal is not below"
-
-
-def test_copies_of_another_trainers_weights_are_evaluated_over_the_whole_split(bench, nanogpt, project):
-    import numpy as np
-    import torch
-    char_cpu, copies = bench("char_cpu"), project.path / "copies"
-    copies.mkdir()
-    lines, _ = bench("common").launch(["-c", char_cpu.COPYING, copies, 2, "train.py"], nanogpt)
-    assert list(char_cpu.their_seconds(lines)) == [1, 2, 3, 4, 5]
-    vocab = len(set(project.text))
-    losses, parameters = char_cpu.evaluated(copies, nanogpt, project.path / "data" / "tiny", vocab)
-    assert list(losses) == [2, 4, 5] and parameters == vocab**2
-    table = torch.load(copies / "5.pt", weights_only=True)["model"]["table.weight"].double()
-    ids = torch.from_numpy(np.fromfile(project.path / "data" / "tiny" / "val.bin", np.uint8).astype(np.int64))
-    assert losses[5] == pytest.approx(torch.nn.functional.cross_entropy(table[ids[:-1]], ids[1:]).item(), abs=1e-6)
-
-
 def test_a_step_is_measured_beside_nanogpt(measure, nanogpt):
     found = measure("step", "--size=0.8M", "--batch=2", "--steps=2", "--n=1", "--device=cpu", f"--nanogpt={nanogpt}",
                     "--optimizer=adamw")

@@ -1,4 +1,4 @@
-"""The data: which windows a run takes, in which order, and which datasets are refused."""
+"""The data: windows, their order, and datasets that are refused."""
 import json
 import os
 import sys
@@ -19,13 +19,6 @@ def starts(n_tokens, block_size, count, seed=1337, first=0):
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_permute_is_a_bijection(n, key):
     assert sorted(train.permute(np.arange(n), n, key).tolist()) == list(range(n))
-
-
-@pytest.mark.parametrize("n", [2**31 + 1, 2**40, 2**40 + 7])
-def test_permute_spreads_over_a_huge_range(n):
-    some = np.concatenate([np.arange(5000), n - 1 - np.arange(5000)])
-    found = train.permute(some, n, 3)
-    assert len(set(found.tolist())) == len(some) and found.min() >= 0 and found.max() < n and found.std() > n / 5
 
 
 @given(st.integers(1, 20), st.integers(0, 400), st.integers(0, 2**32 - 1), st.integers(0, 10**6))
@@ -112,19 +105,15 @@ def test_resident_memory_stays_flat_over_many_reads(project):
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
-def test_a_missing_file_is_refused(project, name):
-    os.unlink(f"data/tiny/{name}")
+@pytest.mark.parametrize("change", ["missing", "shorter", "longer"])
+def test_a_missing_or_incomplete_file_is_refused(project, name, change):
+    path = f"data/tiny/{name}"
+    if change == "missing":
+        os.unlink(path)
+    else:
+        os.truncate(path, os.path.getsize(path) + (1 if change == "longer" else -1))
     line = project.refuse()
     assert "data/tiny" in line and (name in line or name == "meta.json") and "prepare.py" in line
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("change", [-1, 1])
-def test_a_bin_of_the_wrong_size_is_refused(project, split, change):
-    path = f"data/tiny/{split}.bin"
-    os.truncate(path, os.path.getsize(path) + change)
-    line = project.refuse()
-    assert f"{split}.bin" in line and "prepare.py" in line
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -133,13 +122,6 @@ def test_a_token_beyond_the_vocabulary_is_one_line(project, split):
         file.write(b"\xff" * os.path.getsize(file.name))
     line = project.train(status=2).err
     assert line.count("\n") == 1 and f"{split}.bin" in line and "vocabulary" in line and "prepare.py" in line
-
-
-@pytest.mark.parametrize("text", [b"", b'{"format": 1', b"[]", b"7", b"\xff\xfe\x00", b"{}"], ids=repr)
-def test_a_damaged_meta_json_is_refused(project, text):
-    (project.path / "data" / "tiny" / "meta.json").write_bytes(text)
-    line = project.refuse()
-    assert "meta.json" in line and "prepare.py" in line
 
 
 @pytest.mark.parametrize("key", ["corpus", "tokenizer", "vocab_size", "dtype", "tokens", "bytes"])

@@ -152,24 +152,27 @@ def test_every_ngram_contains_the_current_token(vocab_size):
         assert table.weight.grad.any(1).sum() > 45, "of 50 different rows"
 
 
-def test_ngram_dropout_is_for_training_and_for_ngrams_alone():
-    model, idx = gpt(ngram=3, ngram_dropout=0.5), tokens()
-    assert torch.equal(model(idx)[0], model(idx)[0])
-    model.train()
-    assert not torch.equal(model(idx)[0], model(idx)[0])
-    torch.nn.init.zeros_(model.ngrams.mix.weight)
-    assert torch.equal(model(idx)[0], model(idx)[0])
-
-
-@pytest.mark.parametrize("variant", [{}, GPT2], ids=["default", "gpt2"])
+@pytest.mark.parametrize("variant", [
+    dict(dropout=0.5), GPT2 | dict(dropout=0.5), dict(ngram=3, ngram_dropout=0.5)], ids=["default", "gpt2", "n-grams"])
 def test_dropout_is_for_training_only(variant):
-    model, without, idx = gpt(dropout=0.5, **variant), gpt(**variant), tokens()
+    model, idx = gpt(**variant), tokens()
+    without = gpt(**variant | dict(dropout=0.0, ngram_dropout=0.0)).train()
     without.load_state_dict(model.state_dict())
     assert torch.equal(model(idx)[0], without(idx)[0])
     model.train()
-    without.train()
     assert not torch.allclose(model(idx)[0], model(idx)[0])
-    assert torch.equal(without(idx)[0], without(idx)[0])
+    if model.ngrams is not None:
+        torch.nn.init.zeros_(model.ngrams.mix.weight)
+        assert torch.equal(model(idx)[0], model(idx)[0]), "ngram_dropout affects nothing else"
+
+
+def test_weights_start_small():
+    """0.02, less for projections into the residual stream, as in GPT-2; or zero."""
+    for zero_init, expected in ((False, 0.02 / 2), (True, 0.0)):
+        model = gpt(random=False, zero_init=zero_init, n_embd=128)
+        for name, p in model.named_parameters():
+            std = expected if name.endswith("c_proj.weight") else 0.0 if zero_init and "head" in name else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
 
 
 def test_a_model_without_layers_is_a_bigram():
