@@ -126,8 +126,8 @@ def test_sampling_is_measured_beside_nanogpt(measure, nanogpt):
 def test_a_run_is_compared_with_nanogpt(measure, nanogpt):
     found = measure("char_cpu", f"--nanogpt={nanogpt}", "--text=text.txt", "--n=1", "--target=9", "--resolution=2",
                     f"--our_flags={' '.join([*TINY, '--dataset=char'])}")
-    theirs, ours = found["figures"]["nanogpt"], found["figures"]["ours"]
-    assert len(theirs["curves"][0]) == 3 and found["figures"]["same_losses"]
+    reference, ours = found["figures"]["nanogpt"], found["figures"]["ours"]
+    assert len(reference["curves"][0]) == 3 and found["figures"]["same_losses"]
     assert ours["passed"][0] > 0 and len(ours["curves"][0]) == 2
 
 

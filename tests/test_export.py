@@ -180,7 +180,8 @@ def test_a_char_tokenizer_is_exported(here):
 
 def test_a_byte_tokenizer_is_exported(here):
     model = random_model(**GPT2_LIKE | dict(vocab_size=256))
-    reference = same_tokens(exported("hf", model, BYTE), prepare.ByteTokenizer(), TEXTS)
+    every_byte = "".join(map(chr, range(0x800))) + "\u0800\U0001f600"
+    reference = same_tokens(exported("hf", model, BYTE), prepare.ByteTokenizer(), [*TEXTS, every_byte])
     assert reference.decode(list(b"ab\xffc")) == "ab\ufffdc"
 
 
