@@ -180,6 +180,7 @@ def project(tmp_path, monkeypatch, capsys, torch_state):
     import train
     monkeypatch.setattr(train, "plot_losses", lambda *args: None)  # slow; see test_pictures.py
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # torchrun leaves a folder there
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield Project(tmp_path, capsys)
     for number, handler in handlers.items():
