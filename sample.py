@@ -97,6 +97,7 @@ def load(s):
         checkpoint["tokenizer"] = find_tokenizer(s, checkpoint, path)
     model, tokenizer = train.model_from_checkpoint(checkpoint, path), tokenizer_from_spec(checkpoint["tokenizer"])
     device = train.get_device(s.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it takes 30 ms to plan for each new length of the cache
     model.compute_dtype = train.get_compute_dtype(s, device)
     return model.to(device, model.compute_dtype), tokenizer, checkpoint
 
@@ -320,7 +321,8 @@ def evaluate_text(model, ids):
     T, N, total = model.config.block_size, len(ids), 0.0
     step, column = max(1, T // 2), np.arange(T + 1)
     starts = np.arange(0, max(1, N - 1 - T + step), step)
-    rows = max(1, min(64, 2**25 // (T * model.config.vocab_size)))  # logits of at most 128 MB
+    most = 2**28 if model.wte.weight.is_cuda else 2**25  # logits, of 1 GB or 128 MB
+    rows = max(1, min(64, most // (T * model.config.vocab_size)))
     for batch in np.split(starts, range(rows, len(starts), rows)):
         index = batch[:, None] + column
         tokens = ids[index.clip(max=N - 1)].astype(np.int64)

@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
@@ -360,6 +361,7 @@ class GPT(nn.Module):
         """Logits (B, T, V) of ids idx (B, T), and the mean cross-entropy in nats of targets (B, T) that are not -1.
 
         With a cache (sample.py), idx continues its tokens and only the last logits (B, 1, V) are computed.
+        Under torch.compile, the logits are None if there are targets.
         """
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + idx.shape[1], device=idx.device)
@@ -379,6 +381,8 @@ class GPT(nn.Module):
         x = self.ln_f(x if cache is None else x[:, -1:])
         logits = self.lm_head(x).float()[..., :self.config.vocab_size]  # without the padding
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        if targets is not None and torch.compiler.is_compiling():
+            logits = None  # as an output of the graph, it would be kept in float32 and have a gradient of zeros
         return logits, loss
 
     @torch.no_grad()
@@ -406,7 +410,7 @@ def newton_schulz(G, dtype, steps=5):
     for _ in range(steps):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X.to(G.dtype)
+    return X
 
 
 def orthogonalize(updates, dtype):
@@ -423,6 +427,7 @@ def orthogonalize(updates, dtype):
         parts = [torch.empty_like(done) for _ in range(size)]
         dist.all_gather(parts, done.contiguous())
         done = torch.cat(parts)
+    done = done.to(updates[0].dtype)
     return [(d if u.shape[0] // chunks == d.shape[1] else d.mT).reshape(u.shape)
             for u, d in zip(updates, done.split(chunks), strict=False)]  # without the zeros
 
@@ -452,9 +457,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(grads, means, group["momentum"])
             for (shorter, longer), params in same_shape.items():
                 scale = 0.2 * math.sqrt(shorter if longer == 3 * shorter else longer)  # of c_attn's three matrices
-                for p, update in zip(params, orthogonalize([p.grad for p in params], self.dtype), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * scale)
+                updates = orthogonalize([p.grad for p in params], self.dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
 
 def configure_optimizers(model, s):
@@ -660,7 +665,9 @@ def get_device(name, local_rank=0, local_size=1):
         raise UserError(f"device={name} is not available ({str(error).splitlines()[0]}): try --device=auto") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        warnings.filterwarnings("ignore", "Please use the new API")  # with which torch 2.9 and 2.10 cannot compile
         torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cuda.enable_cudnn_sdp((torch.backends.cudnn.version() or 0) > 91500)  # NaN in older ones
     return device
 
 
@@ -1010,7 +1017,7 @@ def train(s, world, datasets, meta, checkpoint):
         signal.signal(number, lambda number, frame: received.append(number))
     not_evaluated = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte", "peak_memory"))
     recent = []  # loss and gradient norm since the last log line, on the device
-    logged = saved = time.monotonic()
+    logged = saved = plotted = time.monotonic()
     while progress.step < s.max_iters and not stopping:
         # dropout depends on (seed, step, rank), so that there is no generator state to save
         torch.manual_seed(((s.seed * 1_000_003 + progress.step) * 65_537 + world.rank) % 2**63)
@@ -1051,8 +1058,9 @@ def train(s, world, datasets, meta, checkpoint):
             try:
                 save_checkpoint(out, state, is_best)
                 progress = SimpleNamespace(**updated)
-                if importlib.util.find_spec("matplotlib"):
+                if importlib.util.find_spec("matplotlib") and (done or stopping or time.monotonic() > plotted + 10):
                     plot_losses([out])
+                    plotted = time.monotonic()
             except OSError as error:  # a full disk
                 if stopping or done:
                     raise
