@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=8 train.py config/train_gpt2.py     # or: python train.py config/train_gpt2.py
 
 Half a million tokens per step (32 x 1024 x 16) for any number of GPUs, 2.49 billion in 4,750 steps. Estimated, not
-measured: a validation loss of 3.3 (llm.c's GPT-2 reaches 3.28 with 10 billion tokens; Muon and the newer architecture are
-reported to need a third to a quarter of them) in 1.3 hours on one H100, 10 minutes on eight. 6 x 124M x 2.49 billion =
-1.85e18 FLOPs without attention, at 40 % of 989 TFLOPS.
+measured: a validation loss of 3.3 (llm.c's GPT-2 reaches 3.28 with 10 billion tokens; Muon and the newer architecture
+are reported to need a third to a quarter of them) in 1.3 hours on one H100, 10 minutes on eight. 6 x 124M x 2.49
+billion = 1.85e18 FLOPs without attention, at 40 % of 989 TFLOPS.
 """
 dataset = "fineweb"
 n_layer = 12

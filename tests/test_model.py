@@ -6,6 +6,9 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 
 import sample
 import train
@@ -255,3 +258,23 @@ def test_generate_samples_the_k_most_likely_tokens():
     model, idx = gpt(), tokens(1, 4)
     likely = model(idx)[0][0, -1].topk(3).indices
     assert set(model.generate(idx.expand(200, -1), 1, top_k=3)[:, -1].tolist()) == set(likely.tolist())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_compiled_step_keeps_no_float32_logits(grad):
+    model, outputs = gpt(n_layer=1), []
+    model.compute_dtype = torch.bfloat16
+
+    def record(graph, inputs):
+        [output] = [node for node in graph.graph.nodes if node.op == "output"]
+        outputs.extend(node.meta["val"] for node in output.args[0] if isinstance(node, torch.fx.Node))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+                           decompositions=select_decomp_table(), partition_fn=min_cut_rematerialization_partition)
+    idx = tokens()
+    with torch.set_grad_enabled(grad):
+        logits, loss = torch.compile(model, backend=backend)(idx, idx)
+    torch.testing.assert_close(loss, model(idx, idx)[1])
+    assert logits is None and outputs
+    assert not [t for t in outputs if t.dtype == torch.float32 and t.numel() >= idx.numel() * V]

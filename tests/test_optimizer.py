@@ -194,3 +194,19 @@ def test_a_run_follows_the_schedule(project):
     project.train("--log_interval=1", "--warmup_iters=5")
     s = project.settings("--warmup_iters=5")
     assert [line["lr"] for line in project.log()] == pytest.approx([train.get_lr(i, s) for i in range(20)])
+
+
+def test_ranks_exchange_updates_in_the_dtype_they_were_computed_in(monkeypatch):
+    """Rank 0 of two: bfloat16 halves the bytes of the all-gather."""
+    gathered = []
+
+    def all_gather(parts, done):
+        gathered.append(done.dtype)
+        for part in parts:
+            part.copy_(done)
+
+    for name, value in dict(is_initialized=True, get_world_size=2, get_rank=0).items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    updates = train.orthogonalize([torch.randn(8, 16), torch.randn(8, 16)], torch.bfloat16)
+    assert gathered == [torch.bfloat16] and [u.dtype for u in updates] == [torch.float32] * 2

@@ -1,7 +1,9 @@
 """The plots of sample.py and train.py show what the log and the model contain."""
+import itertools
 import json
 import os
 import sys
+import time
 import warnings
 
 import pytest
@@ -81,13 +83,16 @@ def test_the_curves_are_the_records_of_the_log_without_damaged_lines(command, tm
                      for key in ("loss", "train_loss", "val_loss")]
 
 
-def test_training_updates_the_plot_with_each_checkpoint(project, monkeypatch):
+@pytest.mark.parametrize("seconds, plots", [(0.01, 1), (11, 2)])
+def test_training_plots_at_its_end_and_at_most_every_ten_seconds(seconds, plots, project, monkeypatch):
     monkeypatch.undo()  # of the fixture's leaving the plots out
     monkeypatch.chdir(project.path)
     drawn, plot_losses = [], train.plot_losses
     monkeypatch.setattr(train, "plot_losses", lambda folders: drawn.append(plot_losses(folders).read_bytes()[1:4]))
+    clock = itertools.count(time.monotonic(), seconds)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     project.train("--max_iters=20", "--eval_interval=10")
-    assert drawn == [b"PNG", b"PNG"]
+    assert drawn == [b"PNG"] * plots
 
 
 @pytest.mark.parametrize("config", [dict(), dict(n_head=4, n_embd=32, qk_norm=False)], ids=str)

@@ -334,3 +334,10 @@ def test_ctrl_c_is_status_130_without_a_traceback(folder):
         child.send_signal(signal.SIGINT)
         rest, err = child.communicate(timeout=60)
         assert child.returncode == 130 and err == b""
+
+
+def test_sampling_does_not_use_cudnn_attention(write):
+    """cuDNN plans anew for each length of the cache, for 30 ms."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    write("--start=a")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
