@@ -152,7 +152,7 @@ class Cache:
         shape = (2, c.n_layer, batch_size, c.n_head, size, c.n_embd // c.n_head)
         self.kv = torch.empty(shape, device=device, dtype=dtype)
         self.tokens = torch.empty(batch_size, 0, device=device, dtype=torch.long)  # the last ones, for the n-grams
-        self.size, self.length = size, 0
+        self.size, self.length, self.ngram = size, 0, c.ngram
 
     def extend(self, layer, k, v):
         """Store a layer's keys and values (B, H, T, D) over the oldest and return all, in the order of the ring."""
@@ -163,11 +163,11 @@ class Cache:
         held = min(self.length + T, self.size)
         return keys[:, :, :held], values[:, :, :held]
 
-    def previous_tokens(self, idx, count):
-        """The `count` tokens before the new ones idx (B, T), zeros before the first: (B, count)."""
-        previous = self.tokens if self.length else idx.new_zeros(len(idx), count)
-        self.tokens = torch.cat([previous, idx], 1)[:, -count:]
-        return previous
+    def append(self, idx):
+        """The new tokens idx (B, T) after those before them, as many as an n-gram has."""
+        tokens = torch.cat([self.tokens, idx], 1) if self.length else idx
+        self.tokens = tokens[:, -self.ngram:]
+        return tokens
 
     def repeat(self, times):
         """Repeat each sequence, for several samples of one prompt."""

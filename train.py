@@ -51,9 +51,8 @@ class GPTConfig:
     n_layer: int = 4  # transformer blocks; 0 makes a bigram model
     n_head: int = 4  # attention heads; must divide n_embd
     n_embd: int = 128  # C, channels of the residual stream
-    ngram: int = 5  # longest n-gram with an embedding; 1 is off
-    ngram_buckets: int = 32768  # rows of each n-gram table
-    ngram_dropout: float = 0.0  # 0.5 helps beyond one epoch
+    ngram: int = 7  # longest n-gram counted in the training text; 1 is off, as with more than 1024 kinds of token
+    ngram_entries: int = 0  # number of different n-grams, set from the training text
     dropout: float = 0.0  # on embeddings and residual branches
     bias: bool = False  # biases in the linear layers and LayerNorms
     position: Literal["rope", "learned", "none"] = "rope"  # position embedding
@@ -109,11 +108,6 @@ class Settings(GPTConfig):
     compile: Literal["auto", "True", "False"] = "auto"  # auto compiles on CUDA
     deterministic: bool = False  # bit-exact on GPUs, but slower
     seed: int = 1337  # random seed
-
-
-RENAMED = dict(size="n_layer, n_head, n_embd", decay_share="cooldown_frac", ngram_rows="ngram_buckets",
-               tied_head="tie_weights", norm_weight="norm_affine", checkpoint_minutes="save_interval_minutes",
-               recompute="gradient_checkpointing", every_step="follow")
 
 
 def literal(node):
@@ -180,17 +174,17 @@ def parse_args(settings, argv):
                 values[key] = parse_value(key, kinds[key], value, where)
                 flags = flags | {key} if where == "command line" else flags - {key}
             elif key not in ("always_save_checkpoint", "backend"):  # of nanoGPT, without a use here
-                near = f"; did you mean {RENAMED[key]}?" if key in RENAMED else did_you_mean(key, kinds)
-                raise UserError(f"{where}: unknown setting {key}{near or '; --help lists all settings'}")
+                near = did_you_mean(key, kinds) or "; --help lists all settings"
+                raise UserError(f"{where}: unknown setting {key}{near}")
     return values, flags
 
 
 def check(s):
     """Raise UserError for settings that are out of range or contradict each other."""
-    counts = "block_size n_head n_embd ngram ngram_buckets vocab_multiple batch_size gradient_accumulation_steps " \
+    counts = "block_size n_head n_embd ngram vocab_multiple batch_size gradient_accumulation_steps " \
              "max_iters eval_interval log_interval"
     for names, least, below in ((counts, 1, 2**53), ("seed learning_rate grad_clip eval_iters", 0, 2**53),
-                                ("dropout ngram_dropout beta1 beta2 momentum", 0, 1), ("cooldown_frac", 0.01, 1.01)):
+                                ("dropout beta1 beta2 momentum", 0, 1), ("cooldown_frac", 0.01, 1.01)):
         for name in names.split():
             if not least <= getattr(s, name, least) < below:
                 raise UserError(f"{name}={getattr(s, name)} must be at least {least} and below {below}")
@@ -299,28 +293,70 @@ class Block(nn.Module):
 
 
 class NGrams(nn.Module):
-    """Embeddings of the 2-gram to n-gram that end at each position: token ids (B, T) -> (B, T, C).
+    """Next-token probabilities by the n-gram counts of the training text, for contexts of 1 to n - 1 tokens.
 
-    They help small and large models (Huang et al. 2025, arXiv 2501.16975). Multiplicative hashing (Knuth, TAOCP 6.4)
-    maps n-grams to table rows of C/4 channels.
+    Interpolated Kneser-Ney smoothing (Chen and Goodman 1999). In training, counts exclude the token to be predicted
+    (leave-one-out), as if the text were unseen. The network learns the residual (Li et al. 2022, arXiv 2210.14431).
     """
 
     def __init__(self, config):
         super().__init__()
-        self.n, self.buckets, self.vocab_size = config.ngram, config.ngram_buckets, config.vocab_size
-        self.dropout = config.ngram_dropout
-        width = max(1, config.n_embd // 4)
-        self.tables = nn.ModuleList(nn.Embedding(self.buckets, width) for _ in range(self.n - 1))
-        self.mix = Linear(width * (self.n - 1), config.n_embd, bias=False)
+        self.config, self.n, self.vocab_size = config, config.ngram, config.vocab_size
+        self.embed = Linear((self.n - 1) * self.vocab_size, config.n_embd, bias=False)
+        self.gate = Linear(config.n_embd, self.n - 1)
+        self.register_buffer("grams", torch.zeros(config.ngram_entries, dtype=torch.long))  # sorted: context, token
+        self.register_buffer("sums", torch.zeros(config.ngram_entries + 1, dtype=torch.long))  # cumulative counts
 
-    def forward(self, idx, cache):
-        context = self.n - 1
-        before = idx.new_zeros(len(idx), context) if cache is None else cache.previous_tokens(idx, context)
-        tokens, ngram, found = torch.cat([before, idx], 1), idx, []
-        for back, table in enumerate(self.tables, 1):
-            ngram = ngram * (self.vocab_size | 1) + tokens[:, context - back:-back]  # odd: no bits shift out
-            found.append(table((ngram * 2654435761 % 2**32 * self.buckets) >> 32))
-        return self.mix(F.dropout(torch.cat(found, -1), self.dropout, self.training))
+    def contexts(self, tokens, T):
+        """Hashes (B * T,) of the last 1, 2, ..., n - 1 tokens at each of the last T positions of tokens, as a list."""
+        tokens, key, keys = F.pad(tokens, (self.n - 2, 0), value=-1), 0, []
+        for back in range(self.n - 1):
+            end = tokens.shape[1] - back
+            key = (key + tokens[:, end - T:end] + 1) * -7046029254386353131  # multiplicative hashing (Knuth, TAOCP 6.4)
+            key = key ^ (key >> 32)
+            keys.append((key & -1024).flatten())  # the low bits are for the next token
+        return keys
+
+    def count(self, tokens):
+        """Count the n-grams of the text `tokens` (N,)."""
+        keys, found = self.contexts(tokens[None, :-1], len(tokens) - 1), []
+        places = np.arange(len(tokens) - 1)
+        for key in reversed(keys):
+            grams, first, counts = np.unique((key | tokens[1:]).numpy()[places], return_index=True, return_counts=True)
+            found.append((grams, counts))
+            places = places[first]  # a shorter n-gram counts once for each token before it
+        grams, counts = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*found, strict=True))
+        self.grams, order = grams.sort()
+        self.sums = F.pad(counts[order].cumsum(0), (1, 0))
+        self.config.ngram_entries = len(grams)
+
+    @torch.no_grad()
+    def forward(self, tokens, T, targets=None):
+        """Probabilities (B, T, n - 1, V) after the last T of tokens; counts of targets (B, T) are left out."""
+        B, V, device, found = len(tokens), self.vocab_size, tokens.device, []
+        removed = torch.ones(B * T, dtype=torch.long, device=device)
+        for key in reversed(self.contexts(tokens, T)):
+            first, end = torch.searchsorted(self.grams, key), torch.searchsorted(self.grams, key + 1024)
+            total, distinct = self.sums[end] - self.sums[first], end - first
+            row = torch.arange(B * T, device=device).repeat_interleave(distinct)
+            entry = torch.arange(len(row), device=device) + (end - distinct.cumsum(0))[row]
+            token, count = self.grams[entry] & 1023, self.sums[entry + 1] - self.sums[entry]
+            if targets is not None:
+                own = (token == targets.flatten()[row]).nonzero()[:, 0]
+                hit = row[own]
+                count[own] -= removed[hit]
+                total[hit] -= removed[hit]
+                removed[hit] *= count[own] == 0  # only then, there is one token less before the shorter n-gram
+                distinct[hit] -= removed[hit]
+            total = total.clamp(min=1)
+            backoff = torch.where(distinct > 0, 0.75 * distinct / total, 1.0)
+            found.append((row * V + token, (count - 0.75).clamp(min=0) / total[row], backoff))
+        p, orders = torch.full((B * T, V), 1 / V, device=device), []
+        for flat, share, backoff in reversed(found):
+            p = p * backoff[:, None]
+            p.view(-1)[flat] += share
+            orders.append(p)
+        return torch.stack(orders, 1).view(B, T, -1, V)
 
 
 class GPT(nn.Module):
@@ -351,25 +387,30 @@ class GPT(nn.Module):
                     std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
                 elif name == "lm_head" and self.config.zero_init:
                     std = 0.0
-                elif name == "ngrams.mix":
-                    std = 0.1  # 0.02 learns more slowly
+                elif name == "ngrams.gate":
+                    std = 0.0
                 nn.init.normal_(module.weight, std=std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
+        if self.ngrams is not None:
+            self.ngrams.gate.bias.data[-1] = 1.0  # the longest n-grams
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, leave_one_out=False):
         """Logits (B, T, V) of ids idx (B, T), and the mean cross-entropy in nats of targets (B, T) that are not -1.
 
         With a cache (sample.py), idx continues its tokens and only the last logits (B, 1, V) are computed.
         Under torch.compile, the logits are None if there are targets.
         """
+        tokens, T = idx if cache is None else cache.append(idx), (idx if targets is None else targets).shape[1]
+        p = None if self.ngrams is None else self.ngrams(tokens, T, targets if leave_one_out else None)
+        idx = idx[:, -T:]
         start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + idx.shape[1], device=idx.device)
+        positions = torch.arange(start, start + T, device=idx.device)
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe(positions)
-        if self.ngrams is not None:
-            x = x + self.ngrams(idx, cache)
+        if p is not None:
+            x = x + self.ngrams.embed(p.flatten(2))
         x = F.dropout(x.to(self.compute_dtype), self.config.dropout, self.training)
         cos_sin = rotary(positions, self.config.n_embd // self.config.n_head) if self.config.position == "rope" else ()
         rotation = [t.to(x.dtype) for t in cos_sin]
@@ -380,24 +421,12 @@ class GPT(nn.Module):
                 x = block(x, rotation, cache)
         x = self.ln_f(x if cache is None else x[:, -1:])
         logits = self.lm_head(x).float()[..., :self.config.vocab_size]  # without the padding
+        if p is not None:
+            logits = logits + (self.ngrams.gate(x)[..., None] * p[:, -x.shape[1]:].log()).sum(2)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         if targets is not None and torch.compiler.is_compiling():
             logits = None  # as an output of the graph, it would be kept in float32 and have a gradient of zeros
         return logits, loss
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Append max_new_tokens sampled ids to idx (B, T), without a cache. Temperature 0 is greedy."""
-        for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size:])[0][:, -1]  # (B, V)
-            if temperature == 0:
-                top_k, temperature = 1, 1.0
-            if top_k:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -torch.inf)
-            next_token = torch.multinomial((logits / temperature).softmax(-1), 1)
-            idx = torch.cat([idx, next_token], 1)
-        return idx
 
 
 # Optimizer ----------------
@@ -511,6 +540,7 @@ class TokenDataset:
     """Token ids of one split, "train" or "val": a memory-mapped file, or shards read as one."""
 
     def __init__(self, folder, split, meta):
+        self.split = split
         self.vocab_size, self.dtype, self.files = meta["vocab_size"], np.dtype(meta["dtype"]), []
         whole = dict(name=f"{split}.bin", offset=0, tokens=meta["tokens"][split])
         shards = meta["files"][split] if "files" in meta else [whole]
@@ -524,8 +554,8 @@ class TokenDataset:
             self.files.append(open(path, "rb"))  # a running job keeps it
 
     def read(self, starts, length):
-        """Token ids (len(starts), length), int64; the last token is repeated past the end."""
-        index = np.minimum(starts[:, None] + np.arange(length), self.size - 1)
+        """Token ids (len(starts), length), int64; the first and last token are repeated past the ends."""
+        index = np.clip(starts[:, None] + np.arange(length), 0, self.size - 1)
         shard = np.searchsorted(self.ends, index, side="right")
         tokens = np.empty(index.shape, np.int64)
         for i in np.unique(shard):
@@ -575,11 +605,13 @@ def window_starts(seed, first, count, n_tokens, block_size):
 
 def get_batch(dataset, s, first, count, device):
     """Inputs and targets, each (count, T), of the training sequences starting at number `first`."""
-    tokens = dataset.read(window_starts(s.seed, first, count, dataset.size, s.block_size), s.block_size + 1)
+    context = max(0, s.ngram - 2)
+    starts = window_starts(s.seed, first, count, dataset.size, s.block_size)
+    tokens = dataset.read(starts - context, context + s.block_size + 1)
     if device.type == "cuda":
         tokens = tokens.pin_memory()  # the copy overlaps the current step
     tokens = tokens.to(device, non_blocking=True)
-    return tokens[:, :-1], tokens[:, 1:]
+    return tokens[:, :-1], tokens[:, 1 + context:]
 
 
 # Schedule and evaluation ----
@@ -603,7 +635,7 @@ def get_lr(step, s):
 @torch.no_grad()
 def evaluate(model, dataset, s, world, windows=0):
     """Mean cross-entropy in nats of a split: all of it, its first eval_iters batches or evenly spaced `windows`."""
-    T = s.block_size
+    T, context = s.block_size, max(0, s.ngram - 2)
     available = -(-(dataset.size - 1) // T)  # the last may be short
     stride = max(1, available // windows) if windows else 1
     windows = min(available, windows or s.eval_iters * s.batch_size or available)
@@ -613,11 +645,11 @@ def evaluate(model, dataset, s, world, windows=0):
     model.eval()
     for i, first in enumerate(starts):
         rows = np.arange(first, first + s.batch_size)  # always a full batch: one shape, compiled once
-        tokens = dataset.read(rows * stride * T, T + 1)
-        x, y = tokens[:, :-1], tokens[:, 1:].clone()
+        tokens = dataset.read(rows * stride * T - context, context + T + 1)
+        x, y = tokens[:, :-1], tokens[:, 1 + context:].clone()
         past_end = rows[:, None] * stride * T + np.arange(1, T + 1) >= dataset.size
         y[torch.from_numpy(past_end | (rows >= local.stop)[:, None])] = -1
-        losses[i] = model(x.to(world.device), y.to(world.device))[1]  # no .item(): it would wait
+        losses[i] = model(x.to(world.device), y.to(world.device), leave_one_out=dataset.split == "train")[1]  # no .item(): it would wait
         counts[i] = (y >= 0).sum()
     model.train()
     total, count = world.all_reduce(torch.stack([losses.cpu().double() @ counts, counts.sum()])).tolist()
@@ -754,8 +786,8 @@ def load_checkpoint(path):
         raise UserError(f"no checkpoint at {path}: run `python train.py` first, or set --out_dir") from None
     except Exception as error:  # zipfile and torch raise many types
         raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); no code in it ran") from None
-    if version != 2:
-        raise UserError(f"{path} has checkpoint format {version}, expected 2: train again")
+    if version != 3:
+        raise UserError(f"{path} has checkpoint format {version}, expected 3: train again")
     return checkpoint
 
 
@@ -786,7 +818,7 @@ def convert_nanogpt(theirs):
     weights = {re.sub(r"^(_orig_mod\.)?(transformer\.)?", "", key): tensor.float()
                for key, tensor in theirs["model"].items() if not key.endswith(".attn.bias")}  # a mask, in old files
     tokenizer = dict(kind="tiktoken", encoding="gpt2") if is_gpt2 else None
-    return dict(format=2, config=config, tokenizer=tokenizer, model=weights)
+    return dict(format=3, config=config, tokenizer=tokenizer, model=weights)
 
 
 def load_gpt2(name):
@@ -929,7 +961,7 @@ def forward_backward(model, scaler, dataset, s, world, sequences):
         rows = local[i:i + s.batch_size]  # may be empty: then one sequence with weight 0
         x, y = get_batch(dataset, s, rows.start, max(1, len(rows)), world.device)
         with nullcontext() if world.size == 1 or i == starts[-1] else model.no_sync():  # all-reduce once
-            loss = model(x, y)[1] * (len(rows) / global_batch)
+            loss = model(x, y, leave_one_out=True)[1] * (len(rows) / global_batch)
             scaler.scale(loss * world.size).backward()  # DDP divides by world.size
         total += loss.detach()
     return total
@@ -950,7 +982,7 @@ def optimizer_step(model, optimizers, scaler, lr, grad_clip):
     return grad_norm
 
 
-def init_run(s, world, checkpoint):
+def init_run(s, world, dataset, checkpoint):
     """Model, optimizers, gradient scaler and progress, new or of the checkpoint."""
     torch.manual_seed(s.seed)
     model = GPT(s)
@@ -958,6 +990,8 @@ def init_run(s, world, checkpoint):
     model.compute_dtype = get_compute_dtype(s, world.device)
     if checkpoint:
         model.load_state_dict(checkpoint.pop("model"))  # pop frees its memory
+    if model.ngrams is not None and "optimizers" not in checkpoint and not (checkpoint and s.eval_only):
+        model.ngrams.count(dataset.read(np.zeros(1, np.int64), dataset.size)[0])
     model.to(world.device)
     optimizers = configure_optimizers(model, s)
     scaler = torch.amp.GradScaler(world.device.type, enabled=model.compute_dtype == torch.float16)
@@ -979,13 +1013,15 @@ def init_run(s, world, checkpoint):
 
 def train(s, world, datasets, meta, checkpoint):
     """Train until max_iters or a signal. Returns the exit status."""
-    raw_model, optimizers, scaler, progress = init_run(s, world, checkpoint)
+    raw_model, optimizers, scaler, progress = init_run(s, world, datasets["train"], checkpoint)
     print0(f"{meta['corpus']}: {datasets['train'].size:,} training tokens {meta.get('note', '')}")
     print0(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {world.size} x {world.device}, "
            f"{raw_model.compute_dtype}")
     compiled = raw_model
     if s.compile == "True" or s.compile == "auto" and world.device.type == "cuda":
         try:
+            if raw_model.ngrams is not None:
+                raw_model.ngrams.forward = torch.compiler.disable(raw_model.ngrams.forward)  # its shapes vary
             compiled = torch.compile(raw_model, dynamic=False)
             compiled(*get_batch(datasets["train"], s, 0, s.batch_size, world.device))[1].backward()
         except Exception as error:  # e.g. no C++ compiler
@@ -1005,7 +1041,9 @@ def train(s, world, datasets, meta, checkpoint):
         print0(("training loss {train_loss:.4f}, validation loss {val_loss:.4f}" + in_bytes).format(**evaluate_both()))
         return 0
 
-    model = compiled if world.size == 1 else nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.9 has no other name for it
+    ddp = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
+    model = compiled if world.size == 1 else nn.parallel.DistributedDataParallel(compiled, **ddp)
     out, global_batch = Path(s.out_dir), s.batch_size * s.gradient_accumulation_steps
     log = Log(s, progress) if world.rank == 0 else None
     if checkpoint and progress.step == 0:  # pretrained weights
@@ -1052,7 +1090,7 @@ def train(s, world, datasets, meta, checkpoint):
             best = dict(best_val_loss=val_loss, best_step=progress.step) if is_best else {}
             updated = vars(progress) | best | dict(elapsed=time.monotonic() - log.start)
             state = dict(
-                format=2, model=raw_model.state_dict(), optimizers=[o.state_dict()["state"] for o in optimizers],
+                format=3, model=raw_model.state_dict(), optimizers=[o.state_dict()["state"] for o in optimizers],
                 scaler=scaler.state_dict(), progress=updated, config=asdict(s), tokenizer=meta["tokenizer"],
                 corpus_sha256=meta.get("corpus_sha256"))
             try:
@@ -1083,6 +1121,7 @@ def train(s, world, datasets, meta, checkpoint):
 def configure(argv):
     """The Settings and the checkpoint to start from, {} for none."""
     values, flags = parse_args(Settings, argv)
+    values.pop("ngram_entries", None)  # from out/config.py
     s = Settings(**values)
     check(s)
     latest, previous = Path(s.out_dir, "ckpt.pt"), Path(s.out_dir, "ckpt-previous.pt")
@@ -1100,7 +1139,7 @@ def configure(argv):
         checkpoint = load_checkpoint(previous)
         print0(f"note: {error}; resuming from {previous}", sys.stderr)
     saved = {f.name: checkpoint["config"].get(f.name, f.default) for f in fields(Settings if resuming else GPTConfig)}
-    fixed = saved.keys() & {*vars(GPTConfig()), "optimizer"} - {"dropout", "ngram_dropout", "gradient_checkpointing"}
+    fixed = saved.keys() & {*vars(GPTConfig()), "optimizer"} - {"dropout", "gradient_checkpointing"}
     if resuming and "progress" not in checkpoint:
         raise UserError(f"{latest} is from nanoGPT: use --init_from={latest} and another --out_dir")
     if resuming:
@@ -1128,6 +1167,8 @@ def run(argv):
     folder, meta = read_meta(s.dataset)
     datasets = {split: TokenDataset(folder, split, meta) for split in ("train", "val")}
     s.vocab_size = s.vocab_size if checkpoint else max(s.vocab_size, meta["vocab_size"])
+    if not checkpoint and (s.vocab_size > 1024 or datasets["train"].size > 2**24):
+        s.ngram = 1  # too much to count
     if min(datasets["train"].size, datasets["val"].size) <= s.block_size:
         raise UserError(f"block_size={s.block_size} is not below the tokens in {folder}: prepare more text")
     if checkpoint and checkpoint["tokenizer"] not in (meta["tokenizer"], None) or s.vocab_size < meta["vocab_size"]:

@@ -29,7 +29,7 @@ settings.load_profile("shared machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dataset=tiny --device=cpu --dtype=float32 --compile=False --n_layer=1 --n_head=2 --n_embd=32 --ngram=3 "
-        "--ngram_buckets=64 --block_size=16 --batch_size=4 --max_iters=20 --eval_interval=10 --log_interval=5 "
+        "--block_size=16 --batch_size=4 --max_iters=20 --eval_interval=10 --log_interval=5 "
         "--warmup_iters=2").split()
 CHARS = "\n abcdefghijklmnopqrstuvwxyzé€😀"
 TIMINGS = {"elapsed", "tokens_per_second", "peak_memory"}  # the keys of a log line that no two runs share
@@ -46,6 +46,8 @@ def random_model(seed=0, **config):
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.4, generator=generator)
+    if model.ngrams is not None:
+        model.ngrams.count(torch.randint(model.config.vocab_size, (200,), generator=generator))
     return model
 
 

@@ -57,11 +57,12 @@ def test_windows_do_not_depend_on_how_they_are_split_into_batches(counts, first)
 
 
 def test_targets_are_the_inputs_shifted_by_one(project):
-    s, tokens = project.settings(), np.fromfile("data/tiny/train.bin", dtype=np.uint8)
+    """And preceded by the n - 2 tokens that are context for the n-grams alone."""
+    s, tokens = project.settings("--ngram=5"), np.fromfile("data/tiny/train.bin", dtype=np.uint8)
     x, y = train.get_batch(project.split("train"), s, 0, 64, torch.device("cpu"))
-    assert x.shape == y.shape == (64, s.block_size) and x.dtype == y.dtype == torch.int64
+    assert x.shape == (64, 3 + s.block_size) and y.shape == (64, s.block_size) and x.dtype == y.dtype == torch.int64
     for row, target, start in zip(x.tolist(), y.tolist(), starts(len(tokens), s.block_size, 64, s.seed), strict=True):
-        assert row == tokens[start:start + s.block_size].tolist()
+        assert row == tokens[np.arange(start - 3, start + s.block_size).clip(min=0)].tolist()
         assert target == tokens[start + 1:start + s.block_size + 1].tolist()
 
 

@@ -27,7 +27,7 @@ GPT2_LIKE = dict(position="learned", norm="layernorm", norm_affine=True, bias=Tr
                  activation="gelu_tanh", tie_weights=True)
 LIKE = {"gpt2": {}, "exact gelu": dict(activation="gelu"), "untied": dict(tie_weights=False),
         "padded": dict(vocab_multiple=64), "no blocks": dict(n_layer=0)}
-OTHER = {"defaults": {}, "n-grams": dict(ngram=3, ngram_buckets=50),
+OTHER = {"defaults": {}, "n-grams": dict(ngram=3),
          "bare": dict(norm="none", mlp=False, residual=False, zero_init=False),
          "tied": dict(tie_weights=True, vocab_multiple=64), "no biases": GPT2_LIKE | dict(bias=False)}
 pytestmark = pytest.mark.usefixtures("torch_state")
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("torch_state")
 def save(path, model, tokenizer=CHAR):
     """A checkpoint as train.py writes it."""
     settings = train.Settings(**{f.name: getattr(model.config, f.name) for f in fields(train.GPTConfig)})
-    torch.save(dict(format=2, model=model.state_dict(), config=asdict(settings), tokenizer=tokenizer), path)
+    torch.save(dict(format=3, model=model.state_dict(), config=asdict(settings), tokenizer=tokenizer), path)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_an_exported_model_can_be_finetuned(project):
                   "--activation=gelu", "--bias")
     assert sample.main(["--export=hf"]) == 0
     assert sample.main(["--init_from=hf", "--max_new_tokens=5", "--start=the"]) == 0
-    project.train("--init_from=hf", "--out_dir=more", "--ngram=1", "--ngram_buckets=32768")
+    project.train("--init_from=hf", "--out_dir=more", "--ngram=1")
     before, after = project.log()[-1]["val_loss"], project.log("more")[0]["val_loss"]
     assert after == pytest.approx(before, abs=1e-5)
 

@@ -36,7 +36,7 @@ def valid(tmp_path_factory):
     """The bytes of a small checkpoint."""
     folder = tmp_path_factory.mktemp("fuzz")
     weights = {f"w{i}": torch.arange(20.0) * i for i in range(3)}
-    train.save_checkpoint(folder, dict(format=2, model=weights, optimizers=[{0: dict(step=torch.ones(1))}],
+    train.save_checkpoint(folder, dict(format=3, model=weights, optimizers=[{0: dict(step=torch.ones(1))}],
                                        config=dict(n_layer=1), tokenizer=dict(kind="byte")), False)
     return (folder / "ckpt.pt").read_bytes()
 

@@ -210,7 +210,7 @@ def test_a_failed_download_is_one_line(hub, project, monkeypatch):
 
 # Finetuning
 
-SHAPE = ["--ngram=1", "--ngram_buckets=32768", "--n_layer=2", "--dataset=words"]  # GPT-2's, overriding TINY
+SHAPE = ["--ngram=1", "--n_layer=2", "--dataset=words"]  # GPT-2's, overriding TINY
 FINETUNE = [*SHAPE, "--init_from=hf", "--optimizer=adamw", "--learning_rate=1e-3"]
 
 

@@ -29,7 +29,7 @@ def save(path, model, tokenizer=CHAR_SPEC, step=1, **changes):
     """A checkpoint as train.py writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     config = asdict(train.Settings(**asdict(model.config))) | changes
-    torch.save(dict(format=2, model=model.state_dict(), progress=dict(step=step, best_val_loss=9.0 - step),
+    torch.save(dict(format=3, model=model.state_dict(), progress=dict(step=step, best_val_loss=9.0 - step),
                     config=config, tokenizer=tokenizer), path)
 
 
@@ -104,7 +104,7 @@ def uncached(model, prompt, count):
 
 MODELS = [dict(position=position, **rest) for position, rest in product(("rope", "learned", "none"), (
     dict(), dict(norm="layernorm", norm_affine=True, bias=True, qk_norm=False, tie_weights=True), dict(ngram=3),
-    dict(ngram=5, ngram_buckets=50), dict(residual=False), dict(n_layer=0), dict(block_size=1), dict(block_size=2),
+    dict(ngram=5), dict(residual=False), dict(n_layer=0), dict(block_size=1), dict(block_size=2),
     dict(block_size=7, n_head=4, vocab_multiple=64)))]
 
 

@@ -137,14 +137,6 @@ def test_an_invalid_line_is_named(tmp_path, line, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("old, new", {**train.RENAMED, "wandb": "wandb_log", "parallel": ""}.items())
-def test_a_renamed_setting_is_refused_with_its_new_name(project, old, new):
-    path = config(project.path, f"{old} = 1\n")
-    for argv, where in ((f"--{old}=1", "command line"), (str(path), f"{path}:1")):
-        line = project.refuse(argv)
-        assert f"{where}: unknown setting {old}" in line and new in line
-
-
 @pytest.mark.parametrize("code", [
     'n_layer = __import__("pathlib").Path("canary").touch()',
     'n_layer = [open("canary", "w") for _ in "x"]',
@@ -170,9 +162,9 @@ def test_no_value_fills_the_memory_or_exhausts_the_stack(tmp_path, value):
         settings(config(tmp_path, f"n_layer = {value}"))
 
 
-COUNTS = ("block_size n_head n_embd ngram ngram_buckets vocab_multiple batch_size gradient_accumulation_steps "
+COUNTS = ("block_size n_head n_embd ngram vocab_multiple batch_size gradient_accumulation_steps "
           "max_iters eval_interval log_interval").split()
-FRACTIONS = "dropout ngram_dropout beta1 beta2 momentum".split()
+FRACTIONS = "dropout beta1 beta2 momentum".split()
 
 
 @pytest.mark.parametrize("argv", [

@@ -36,7 +36,7 @@ def gradients():
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_text_is_learned(project, optimizer):
-    project.train("--max_iters=200", "--eval_interval=200", f"--optimizer={optimizer}")
+    project.train("--max_iters=200", "--eval_interval=200", f"--optimizer={optimizer}", "--ngram=1")
     first, last = project.log()[0], project.log()[-1]
     assert first["loss"] > 2 and last["val_loss"] < 0.8
 
@@ -45,7 +45,7 @@ def test_each_window_is_taken_once_also_after_resuming_with_another_batch_size(p
     seen, forward = [], train.GPT.forward
 
     def spy(model, idx, *args, **kwargs):
-        seen.extend(idx.tolist() if model.training else [])
+        seen.extend(idx[:, -16:].tolist() if model.training else [])
         return forward(model, idx, *args, **kwargs)
 
     monkeypatch.setattr(train.GPT, "forward", spy)
@@ -82,7 +82,7 @@ def test_gradient_accumulation_equals_one_large_batch(project, gradients, optimi
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         for name, weight in weights.items():
-            assert (weight - other_weights[name]).norm() < 1e-3 * weight.norm(), name
+            assert (weight - other_weights[name]).float().norm() <= 1e-3 * weight.float().norm(), name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -90,7 +90,7 @@ def test_lower_precision_learns_as_float32_does(project, dtype):
     for out in ("float32", dtype):
         project.train(f"--dtype={out}", f"--out_dir={out}", "--max_iters=60", "--eval_interval=60")
     assert project.log(dtype)[-1]["val_loss"] == pytest.approx(project.log("float32")[-1]["val_loss"], abs=0.05)
-    assert {p.dtype for p in project.checkpoint(dtype)["model"].values()} == {torch.float32}
+    assert {p.dtype for p in project.checkpoint(dtype)["model"].values() if p.is_floating_point()} == {torch.float32}
 
 
 # Repeating and resuming
@@ -131,7 +131,7 @@ def test_a_run_resumes_with_its_own_settings(project):
     project.train("--out_dir=old", "--dropout=0.2", "--learning_rate=0.003", "--max_iters=10")
     os.replace("old", "out")
     checkpoint = project.checkpoint()
-    del checkpoint["config"]["ngram_dropout"], checkpoint["config"]["wandb_project"]
+    del checkpoint["config"]["gradient_checkpointing"], checkpoint["config"]["wandb_project"]
     torch.save(checkpoint, "out/ckpt.pt")
     assert train.main(["--init_from=resume", "--max_iters=20", "--learning_rate=0.001"]) == 0
     config = project.checkpoint()["config"]
@@ -191,10 +191,11 @@ def test_a_new_run_keeps_the_old_one(project):
 
 
 def mean_loss(model, tokens, block_size):
-    """Cross-entropy of every token but the first, in consecutive windows."""
+    """Cross-entropy of every token but the first, in consecutive windows; n-grams see the token before a window."""
     total = 0.0
-    for x, y in zip(tokens[:-1].split(block_size), tokens[1:].split(block_size), strict=True):
-        total += F.cross_entropy(model(x[None])[0][0], y, reduction="sum").item()
+    for start, y in zip(range(0, len(tokens), block_size), tokens[1:].split(block_size), strict=False):
+        x = tokens[np.arange(start - 1, start + len(y)).clip(min=0)]
+        total += model(x[None], y[None])[1].item() * len(y)
     return total / (len(tokens) - 1)
 
 
@@ -220,9 +221,9 @@ def test_the_training_loss_is_of_a_tenth_as_many_windows_without_dropout(project
     """Evenly spaced, the same at each evaluation: 2,331 training and 259 validation tokens in windows of 8."""
     project.train("--block_size=8", "--dropout=0.5", "--max_iters=10")
     model, train_split = train.model_from_checkpoint(project.checkpoint()), project.split("train")
-    tokens = train_split.read(np.array([0, 97, 194]) * 8, 9)  # 33 // 10 windows of 292
+    tokens = train_split.read(np.array([0, 97, 194]) * 8 - 1, 10)  # 33 // 10 windows of 292, and a token before each
     with torch.no_grad():
-        expected = model(tokens[:, :-1], tokens[:, 1:])[1].item()
+        expected = model(tokens[:, :-1], tokens[:, 2:], leave_one_out=True)[1].item()
     assert project.log()[-1]["train_loss"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -238,7 +239,7 @@ def test_eval_only_prints_the_loss_and_writes_nothing(project):
     project.train()
     before = project.files()
     for argv, expected in ((["--init_from=resume"], project.log()[-1]["val_loss"]),
-                           ([], math.log(project.settings().vocab_size))):
+                           (["--ngram=1"], math.log(project.settings().vocab_size))):
         out = project.train("--eval_only", *argv).out
         assert float(re.search(r"validation loss (\S+)", out)[1]) == pytest.approx(expected, abs=1e-4)
     assert project.files() == before

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import config_file, facts, prepared, report, run_train, spread
 
-CHANGES = ("ngram=1,ngram=1+learning_rate=0.01,ngram=3,ngram_buckets=8192,optimizer=adamw,learning_rate=0.01,"
+CHANGES = ("ngram=1,ngram=1+learning_rate=0.01,ngram=3,optimizer=adamw,learning_rate=0.01,"
            "learning_rate=0.0025,schedule=cosine,qk_norm=False,zero_init=False,activation=gelu,norm=layernorm,"
            "position=learned,tie_weights=True,weight_decay=0.0")
 
