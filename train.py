@@ -1,4 +1,4 @@
-"""Train a GPT: all of it is in this file.
+"""Train a GPT. Model, optimizer and training loop in one file.
 
     python prepare.py                                   # download tiny Shakespeare into data/char/
     python train.py                                     # the defaults on the available hardware
@@ -45,15 +45,15 @@ from prepare import LiteralUnpickler, UserError, did_you_mean, download_gpt2
 @dataclass
 class GPTConfig:
     """Settings of the model. config/gpt2.py is GPT-2."""
-    vocab_size: int = 0  # V; at least the dataset's
+    vocab_size: int = 0  # vocabulary size (V); 0 takes the dataset's
     vocab_multiple: int = 1  # pad the vocabulary to a multiple; 64 is faster on GPUs
     block_size: int = 64  # T, context length in tokens
     n_layer: int = 4  # transformer blocks; 0 makes a bigram model
     n_head: int = 4  # attention heads; must divide n_embd
-    n_embd: int = 128  # C, channels of the residual stream
+    n_embd: int = 128  # embedding dimension (C)
     ngram: int = 7  # longest n-gram counted in the training text; 1 is off, as with more than 1024 kinds of token
     ngram_entries: int = 0  # number of different n-grams, set from the training text
-    dropout: float = 0.0  # on embeddings and residual branches
+    dropout: float = 0.0  # dropout probability, on embeddings and residual branches
     bias: bool = False  # biases in the linear layers and LayerNorms
     position: Literal["rope", "learned", "none"] = "rope"  # position embedding
     norm: Literal["rmsnorm", "layernorm", "none"] = "rmsnorm"  # before each branch and lm_head
@@ -81,12 +81,12 @@ class Settings(GPTConfig):
     learning_rate: float = 5e-3  # peak, for AdamW and Muon
     max_iters: int = 2000  # optimizer steps
     weight_decay: float = 0.1  # decoupled, on matrices and embeddings
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.99  # AdamW
-    momentum: float = 0.95  # Muon
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.99  # of AdamW
+    momentum: float = 0.95  # of Muon
     grad_clip: float = 1.0  # maximum gradient norm; 0 is off
     # schedule
-    decay_lr: bool = True  # False: constant after warmup
+    decay_lr: bool = True  # False: constant, without warmup
     schedule: Literal["wsd", "cosine"] = "wsd"  # warmup, stable, linear decay; or cosine
     warmup_iters: int = 10  # steps of linear warmup
     cooldown_frac: float = 1.0  # wsd: fraction of steps in the final linear decay
@@ -101,7 +101,7 @@ class Settings(GPTConfig):
     tensorboard: bool = False  # log to out_dir/tensorboard
     wandb_log: bool = False  # log to Weights & Biases
     wandb_project: str = "gpt"  # W&B project
-    wandb_run_name: str = ""  # empty takes out_dir
+    wandb_run_name: str = ""  # default: out_dir
     # hardware
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto is bfloat16 where the hardware supports it
@@ -183,13 +183,13 @@ def check(s):
     """Raise UserError for settings that are out of range or contradict each other."""
     counts = "block_size n_head n_embd ngram vocab_multiple batch_size gradient_accumulation_steps " \
              "max_iters eval_interval log_interval"
-    for names, least, below in ((counts, 1, 2**53), ("seed learning_rate grad_clip eval_iters", 0, 2**53),
+    for names, least, below in ((counts, 1, 2**53), ("seed learning_rate grad_clip eval_iters n_layer warmup_iters min_lr weight_decay", 0, 2**53),
                                 ("dropout beta1 beta2 momentum", 0, 1), ("cooldown_frac", 0.01, 1.01)):
         for name in names.split():
             if not least <= getattr(s, name, least) < below:
                 raise UserError(f"{name}={getattr(s, name)} must be at least {least} and below {below}")
     if s.n_embd % s.n_head or s.position == "rope" and s.n_embd // s.n_head % 2:
-        raise UserError(f"n_embd={s.n_embd} is not an even multiple of n_head={s.n_head}: try --n_embd={32 * s.n_head}")
+        raise UserError(f"n_embd={s.n_embd} must be an even multiple of n_head={s.n_head}: try --n_embd={32 * s.n_head}")
 
 
 # Model --------------------
@@ -301,17 +301,16 @@ class NGrams(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.n, self.vocab_size = config, config.ngram, config.vocab_size
-        self.embed = Linear((self.n - 1) * self.vocab_size, config.n_embd, bias=False)
+        self.config, self.n = config, config.ngram
+        self.embed = Linear((self.n - 1) * config.vocab_size, config.n_embd, bias=False)
         self.gate = Linear(config.n_embd, self.n - 1)
         self.register_buffer("grams", torch.zeros(config.ngram_entries, dtype=torch.long))  # sorted: context, token
         self.register_buffer("sums", torch.zeros(config.ngram_entries + 1, dtype=torch.long))  # cumulative counts
 
     def contexts(self, tokens, T):
-        """Hashes (B * T,) of the last 1, 2, ..., n - 1 tokens at each of the last T positions of tokens, as a list."""
+        """Hashes (B * T,) of the last 1, 2, ..., n - 1 tokens at each of the last T positions, as a list."""
         tokens, key, keys = F.pad(tokens, (self.n - 2, 0), value=-1), 0, []
-        for back in range(self.n - 1):
-            end = tokens.shape[1] - back
+        for end in range(tokens.shape[1], tokens.shape[1] - self.n + 1, -1):
             key = (key + tokens[:, end - T:end] + 1) * -7046029254386353131  # multiplicative hashing (Knuth, TAOCP 6.4)
             key = key ^ (key >> 32)
             keys.append((key & -1024).flatten())  # the low bits are for the next token
@@ -319,21 +318,20 @@ class NGrams(nn.Module):
 
     def count(self, tokens):
         """Count the n-grams of the text `tokens` (N,)."""
-        keys, found = self.contexts(tokens[None, :-1], len(tokens) - 1), []
-        places = np.arange(len(tokens) - 1)
-        for key in reversed(keys):
+        found, places = [], np.arange(len(tokens) - 1)
+        for key in reversed(self.contexts(tokens[None, :-1], len(tokens) - 1)):
             grams, first, counts = np.unique((key | tokens[1:]).numpy()[places], return_index=True, return_counts=True)
-            found.append((grams, counts))
-            places = places[first]  # a shorter n-gram counts once for each token before it
-        grams, counts = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*found, strict=True))
+            found.append(torch.from_numpy(np.stack([grams, counts])))
+            places = places[first]  # a shorter n-gram counts once for each different token before it
+        grams, counts = torch.cat(found, 1)
         self.grams, order = grams.sort()
         self.sums = F.pad(counts[order].cumsum(0), (1, 0))
         self.config.ngram_entries = len(grams)
 
     @torch.no_grad()
-    def forward(self, tokens, T, targets=None):
-        """Probabilities (B, T, n - 1, V) after the last T of tokens; counts of targets (B, T) are left out."""
-        B, V, device, found = len(tokens), self.vocab_size, tokens.device, []
+    def forward(self, tokens, T, left_out=None):
+        """Probabilities (B, T, n - 1, V) after the last T of tokens, by counts without the ids left_out (B, T)."""
+        B, V, device, found = len(tokens), self.config.vocab_size, tokens.device, []
         removed = torch.ones(B * T, dtype=torch.long, device=device)
         for key in reversed(self.contexts(tokens, T)):
             first, end = torch.searchsorted(self.grams, key), torch.searchsorted(self.grams, key + 1024)
@@ -341,20 +339,20 @@ class NGrams(nn.Module):
             row = torch.arange(B * T, device=device).repeat_interleave(distinct)
             entry = torch.arange(len(row), device=device) + (end - distinct.cumsum(0))[row]
             token, count = self.grams[entry] & 1023, self.sums[entry + 1] - self.sums[entry]
-            if targets is not None:
-                own = (token == targets.flatten()[row]).nonzero()[:, 0]
+            if left_out is not None:
+                own = (token == left_out.flatten()[row]).nonzero()[:, 0]
                 hit = row[own]
                 count[own] -= removed[hit]
                 total[hit] -= removed[hit]
                 removed[hit] *= count[own] == 0  # only then, there is one token less before the shorter n-gram
                 distinct[hit] -= removed[hit]
             total = total.clamp(min=1)
-            backoff = torch.where(distinct > 0, 0.75 * distinct / total, 1.0)
+            backoff = torch.where(distinct > 0, 0.75 * distinct / total, 1.0)[:, None]
             found.append((row * V + token, (count - 0.75).clamp(min=0) / total[row], backoff))
         p, orders = torch.full((B * T, V), 1 / V, device=device), []
-        for flat, share, backoff in reversed(found):
-            p = p * backoff[:, None]
-            p.view(-1)[flat] += share
+        for index, share, backoff in reversed(found):
+            p = p * backoff
+            p.view(-1)[index] += share
             orders.append(p)
         return torch.stack(orders, 1).view(B, T, -1, V)
 
@@ -530,8 +528,8 @@ def read_meta(dataset):
         return folder, meta
     except OSError:
         near = did_you_mean(folder.name, [path.parent.name for path in folder.parent.glob("*/meta.json")])
-        text = "" if dataset == "char" else f" TEXT --name={folder.name}"
-        raise UserError(f"no dataset in {folder}{near}; to create it: python prepare.py{text}") from None
+        hint = dict(char="", gpt2=" --tokenizer=gpt2", fineweb=" fineweb").get(dataset, f" TEXT --name={folder.name}")
+        raise UserError(f"no dataset in {folder}{near}; to create it: python prepare.py{hint}") from None
     except Exception:  # a damaged pickle raises many types
         raise UserError(f"meta.json or meta.pkl in {folder} is damaged: run prepare.py again") from None
 
@@ -619,10 +617,10 @@ def get_batch(dataset, s, first, count, device):
 def get_lr(step, s):
     """Learning rate of step number `step`, from 0: warmup, then constant and linear decay, or cosine decay."""
     end = s.lr_decay_iters or s.max_iters
-    if step < s.warmup_iters:
-        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
     if not s.decay_lr:
         return s.learning_rate
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
     if step >= end:
         return s.min_lr
     if s.schedule == "cosine":
@@ -785,7 +783,7 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: run `python train.py` first, or set --out_dir") from None
     except Exception as error:  # zipfile and torch raise many types
-        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); no code in it ran") from None
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from None
     if version != 3:
         raise UserError(f"{path} has checkpoint format {version}, expected 3: train again")
     return checkpoint
@@ -1157,7 +1155,7 @@ def configure(argv):
     check(s)
     for name in sorted(fixed):
         if getattr(s, name) != saved[name]:
-            raise UserError(f"{name}={getattr(s, name)} contradicts the checkpoint's {saved[name]}")
+            raise UserError(f"{name}={getattr(s, name)}, but the checkpoint has {name}={saved[name]}: remove it")
     return s, checkpoint
 
 
@@ -1170,7 +1168,7 @@ def run(argv):
     if not checkpoint and (s.vocab_size > 1024 or datasets["train"].size > 2**24):
         s.ngram = 1  # too much to count
     if min(datasets["train"].size, datasets["val"].size) <= s.block_size:
-        raise UserError(f"block_size={s.block_size} is not below the tokens in {folder}: prepare more text")
+        raise UserError(f"block_size={s.block_size} is not below the number of tokens in {folder}: prepare more text")
     if checkpoint and checkpoint["tokenizer"] not in (meta["tokenizer"], None) or s.vocab_size < meta["vocab_size"]:
         raise UserError(f"dataset={s.dataset} has another tokenizer than the checkpoint")
     if checkpoint.get("corpus_sha256", meta.get("corpus_sha256")) != meta.get("corpus_sha256"):
@@ -1178,6 +1176,9 @@ def run(argv):
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    for package, wanted in dict(tensorboard=s.tensorboard, wandb=s.wandb_log).items():
+        if wanted and not importlib.util.find_spec(package):
+            raise ModuleNotFoundError(name=package)
     device = get_device(s.device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     writes = os.environ.get("RANK", "0") == "0" and not s.eval_only
     with open_out_dir(s, new_run="optimizers" not in checkpoint) if writes else nullcontext():
@@ -1196,7 +1197,7 @@ def main(argv=None):
     except UserError as error:
         message, status = error, 2
     except ModuleNotFoundError as error:
-        message, status = f"the package {error.name} is missing: pip install {error.name}", 2
+        message, status = f"{error.name} is not installed: pip install {error.name}", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except torch.OutOfMemoryError:

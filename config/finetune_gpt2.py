@@ -12,6 +12,5 @@ weight_decay = 0.1
 batch_size = 8
 gradient_accumulation_steps = 4  # 32,768 tokens per step: an epoch of tiny Shakespeare is nine steps
 max_iters = 100
-warmup_iters = 5
 eval_interval = 10
 log_interval = 5

@@ -278,4 +278,4 @@ def test_model_settings_come_from_pretrained_weights(nanogpt):
     config = nanogpt.checkpoint()["config"]
     assert (config["n_layer"], config["bias"], config["block_size"]) == (2, False, 24)
     assert train.main([*flags, "--n_layer=12"]) == 2
-    assert "n_layer=12 contradicts" in nanogpt.capsys.readouterr().err
+    assert "n_layer=12, but the checkpoint has" in nanogpt.capsys.readouterr().err
