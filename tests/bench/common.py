@@ -1,26 +1,46 @@
-"""Shared by the benchmarks: facts about the machine, medians and ranges, tables, JSON files, runs in child processes.
+"""Shared by the benchmarks: options, facts about the machine, Markdown tables, JSON files, runs in child processes.
 
 Importing it imports neither torch nor train.py, which keeps the memory of child processes their own.
 """
+import argparse
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
 import re
+import runpy
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = {  # n_layer, n_head, n_embd, block_size, vocab_size
-    "0.8M": (4, 4, 128, 64, 65), "10.8M": (6, 6, 384, 256, 65), "124M": (12, 12, 768, 1024, 50304),
-}
 NAMES = "n_layer", "n_head", "n_embd", "block_size", "vocab_size"
+SIZES = {"tiny": (1, 12, 96, 32, 65), "0.8M": (4, 4, 128, 64, 65), "10.8M": (6, 6, 384, 256, 65),
+         "124M": (12, 12, 768, 1024, 50304)}  # NAMES by parameters
 
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it is, and the default of each option."""
+
+
+def parser(doc, name, n=3, text=True):
+    """An ArgumentParser with the options that the benchmarks share."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
+    made.add_argument("--n", type=int, default=n, help="runs of each")
+    made.add_argument("--json", type=Path, default=Path(f"bench-{name}.json"), help="file to write")
+    if text:
+        made.add_argument("--text", type=Path, help="a UTF-8 file instead of prepare.py's default corpus")
+    return made
+
+
+# Facts and figures --------
 
 def chip():
     """The name of the processor."""
@@ -39,95 +59,39 @@ def facts(**more):
                 date=datetime.date.today().isoformat(), load_before=load) | more
 
 
-def spread(values, digits=1):
+def spread(values, digits=None):
     """The median and, of several values, the range: [1, 2, 4] -> "2.0 (1.0 to 4.0)"; "-" of none."""
     values = [value for value in values if value is not None]
-    if not values:
-        return "-"
-    middle, least, most = (f"{x:,.{digits}f}" for x in (statistics.median(values), min(values), max(values)))
-    return middle if len(values) == 1 else f"{middle} ({least} to {most})"
+    if not values or isinstance(values[0], str):
+        return ", ".join(dict.fromkeys(values)) or "-"
+    middle, least, most = statistics.median(values), min(values), max(values)
+    digits = digits if digits is not None else 0 if middle >= 100 else 1
+    text = f"{middle:,.{digits}f}"
+    return text if least == most else f"{text} ({least:,.{digits}f} to {most:,.{digits}f})"
 
 
-def table(rows):
-    """Align rows, the first being the header: the first column to the left, the rest to the right.
+def table(found):
+    """A Markdown table of {row: [figures of a run as a dict]}, without the figures that are lists or dicts.
 
-    >>> print(table([["", "MB/s"], ["prepare.py", 163]]))
-                MB/s
-    prepare.py   163
+    >>> print(table({"prepare.py": [{"MB/s": 160}, {"MB/s": 170}]}))
+    |  | MB/s |
+    |---|---|
+    | prepare.py | 165 (160 to 170) |
     """
-    rows = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    columns = dict.fromkeys(key for runs in found.values() for run in runs for key, value in run.items()
+                            if not isinstance(value, (list, dict)))
+    rows = [[label, *(spread([run.get(key) for run in runs], 4 if "loss" in key else None) for key in columns)]
+            for label, runs in found.items()]
+    lines = [f"| {' | '.join(row)} |" for row in [["", *columns], *rows]]
+    return "\n".join([lines[0], "|---" * (len(columns) + 1) + "|", *lines[1:]])
 
 
-def report(path, known, rows, figures):
+def report(path, known, found):
     """Print the facts and a table, and write all figures as JSON."""
     print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in known.items()))
-    print(table(rows))
-    Path(path).write_text(json.dumps(dict(facts=known, figures=figures), indent=2) + "\n", encoding="utf-8")
+    print(table(found))
+    path.write_text(json.dumps(dict(facts=known, figures=found), indent=2) + "\n", encoding="utf-8")
     print(f"written to {path}")
-
-
-def timed(command, folder):
-    """Run a Python command line in a folder. Returns its seconds and peak resident MB, None where unknown."""
-    began = time.perf_counter()
-    child = subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, stdout=subprocess.DEVNULL)
-    peak = None
-    if hasattr(os, "wait4"):
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-    if child.wait():
-        raise subprocess.CalledProcessError(child.returncode, command)
-    return time.perf_counter() - began, peak
-
-
-def launch(command, folder, enough=None):
-    """Run a Python command line in a folder. Returns its lines, each after its seconds since launch, and its seconds.
-
-    The child is terminated when enough() is true after a line. Exits if the child fails.
-    """
-    began, lines, stopped = time.perf_counter(), [], False
-    with subprocess.Popen([sys.executable, "-u", *map(str, command)], cwd=folder, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, encoding="utf-8", errors="replace") as child:
-        for line in child.stdout:
-            lines.append((time.perf_counter() - began, line.rstrip("\n")))
-            if enough and not stopped and enough():
-                child.terminate()
-                stopped = True
-    if child.returncode and not stopped:
-        last = "\n".join(line for _, line in lines[-20:])
-        sys.exit(f"{' '.join(map(str, command))}\nended with status {child.returncode}:\n{last}")
-    return lines, time.perf_counter() - began
-
-
-def log_of(folder):
-    """The records of a run's log.jsonl, [] if there is none."""
-    path = Path(folder) / "log.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def run_train(argv, folder, out, enough=None):
-    """Run train.py as launch() does. Returns the records of its log, each with its `seconds` since launch.
-
-    `elapsed` in the log starts when the header of the table is printed, after imports and opening the data.
-    """
-    lines, _ = launch([ROOT / "train.py", *argv, f"--out_dir={out}"], folder, enough)
-    start = next(seconds for seconds, line in lines if line.split()[:2] == ["step", "loss"])
-    return [record | dict(seconds=start + record["elapsed"]) for record in log_of(out)]
-
-
-def prepared(folder, text=None):
-    """Write folder/data/char/ with prepare.py, from a file or its default corpus. Returns meta.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    launch([ROOT / "prepare.py", *([Path(text).resolve()] if text else []), "--name=char"], folder)
-    return json.loads((folder / "data" / "char" / "meta.json").read_text(encoding="utf-8"))
-
-
-def config_file(word):
-    """The absolute path of a config file, relative to the current folder or to the repository."""
-    return str(Path(word).resolve() if Path(word).is_file() else ROOT / word)
 
 
 def flops_per_token(n_layer, n_head, n_embd, block_size, vocab_size):
@@ -143,9 +107,103 @@ def peak_flops(name):
     return next((peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", name)), None)
 
 
-def nanogpt_model(checkout):
-    """The module model.py of a checkout of nanoGPT."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(checkout) / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# Child processes ----------
+
+def launch(command, folder, enough=None, timeout=10**6, status=0, env=()):
+    """Run a Python command line in a folder. Exits if the child ends with another status.
+
+    Returns its `lines`, each after its seconds since launch, what it wrote to stderr (`errors`), its `seconds` and its
+    peak resident memory in MB (`peak`, None on Windows). The child is terminated when enough() is true after a line.
+    """
+    began, lines, stopped, peak = time.perf_counter(), [], False, None
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        child = subprocess.Popen([sys.executable, "-u", *map(str, command)], cwd=folder, env=os.environ | dict(env),
+                                 stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace",
+                                 start_new_session=True)
+        end = child.kill if os.name == "nt" else lambda: os.killpg(child.pid, signal.SIGKILL)  # with its children
+        timer = threading.Timer(timeout, end)
+        timer.start()
+        try:
+            for line in child.stdout:
+                lines.append((time.perf_counter() - began, line.rstrip("\n")))
+                if enough and not stopped and enough():
+                    child.terminate()
+                    stopped = True
+            if hasattr(os, "wait4"):
+                _, code, usage = os.wait4(child.pid, 0)
+                child.returncode = os.waitstatus_to_exitcode(code)
+                peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+            child.wait()
+        finally:
+            timer.cancel()
+            if child.returncode is None:  # interrupted
+                end()
+        seconds = time.perf_counter() - began
+        errors.seek(0)
+        text = errors.read()
+    if child.returncode != status and not (stopped and status == 0):
+        last = text.strip() or "\n".join(line for _, line in lines[-20:])
+        late = f", killed after {timeout:.0f} s" if seconds > timeout else ""
+        sys.exit(f"{' '.join(map(str, command))}\nended with status {child.returncode}{late}:\n{last[-4000:]}")
+    return SimpleNamespace(lines=lines, errors=text, seconds=seconds, peak=peak)
+
+
+def log_of(folder):
+    """The records of a run's log.jsonl, [] if there is none."""
+    path = Path(folder) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def run_train(argv, folder, out, target=None, command=(ROOT / "train.py",), launch=launch, **options):
+    """Run train.py, until a validation loss below the target. Returns its log, each record with `seconds` since launch."""
+    def reached():
+        return any(record["val_loss"] and record["val_loss"] < target for record in log_of(out)[-1:])
+
+    lines = launch([*command, *argv, f"--out_dir={out}"], folder, target and reached, **options).lines
+    # `elapsed` starts when the header of the table is printed, after imports and opening the data
+    start = next(seconds for seconds, line in lines if line.split()[:2] == ["step", "loss"])
+    return [record | dict(seconds=start + record["elapsed"]) for record in log_of(out)]
+
+
+def prepared(folder, text=None):
+    """Write folder/data/char/ with prepare.py, from a file or its default corpus. Returns meta.json."""
+    launch([ROOT / "prepare.py", *([Path(text).resolve()] if text else []), "--name=char"], folder)
+    return json.loads((folder / "data" / "char" / "meta.json").read_text(encoding="utf-8"))
+
+
+def config_file(word):
+    """The absolute path of a config file, relative to the current folder or to the repository."""
+    return str(Path(word).resolve() if Path(word).is_file() else ROOT / word)
+
+
+def nanogpt_model(checkout, **config):
+    """A GPT of nanoGPT's model.py with these settings."""
+    module = runpy.run_path(str(Path(checkout) / "model.py"))
+    return module["GPT"](module["GPTConfig"](**config))
+
+
+def compare(script, options, measure, argv):
+    """The command line of a benchmark of ours and nanoGPT's side. Returns the exit status.
+
+    The sides alternate, n times, each time in a process of its own that prints the dict measure(args, other arguments).
+    """
+    options.add_argument("--nanogpt", help="a checkout of nanoGPT to compare with")
+    options.add_argument("--size", default="10.8M", choices=SIZES, help="of the model, in parameters")
+    options.add_argument("--batch", type=int, default=0, help="sequences at once; 0 depends on the size")
+    options.add_argument("--device", default="auto", help="as in train.py")
+    options.add_argument("--dtype", default="auto", help="as in train.py")
+    options.add_argument("--side", choices=("ours", "nanoGPT"), help="measure this side only and print JSON")
+    words = sys.argv[1:] if argv is None else argv
+    args, extra = options.parse_known_args(words)
+    if args.side:
+        sys.path.insert(0, str(ROOT))
+        print(json.dumps(measure(args, extra)))
+        return 0
+    known, found = facts(n=args.n, settings=" ".join(words)), {"nanoGPT": [], "ours": []}
+    if not args.nanogpt:
+        del found["nanoGPT"]
+    for _ in range(args.n):
+        for side, turns in found.items():
+            turns.append(json.loads(launch([script, f"--side={side}", *words], ".").lines[-1][1]))
+    report(args.json, known, found)
+    return 0
