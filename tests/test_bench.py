@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY
 
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the benchmarks use process groups")
 BENCH = ROOT / "tests" / "bench"
 SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if path.name != "common.py")
 # A checkout with nanoGPT's interface, of a model that is a table.
@@ -94,7 +95,7 @@ def measure(bench, project):
     """Run a benchmark with these flags. Returns its figures."""
     def run(name, *flags):
         path = project.path / "figures.json"
-        assert bench(name).main([*flags, f"--json={path}"]) == 0
+        assert not bench(name).main([*flags, f"--json={path}"])
         return json.loads(path.read_text(encoding="utf-8"))
 
     (project.path / "text.txt").write_text(project.text, encoding="utf-8")
@@ -108,7 +109,6 @@ def test_every_benchmark_has_help(name):
     assert "--json" in done.stdout and f"python tests/bench/{name}" in done.stdout
 
 
-@pytest.mark.skipif(os.name == "nt", reason="ends process groups")
 def test_a_child_is_ended_when_it_fails_hangs_or_has_done_enough(bench, tmp_path):
     launch = bench("common").launch
     done = launch(["-c", "import sys; print(1); print('late', file=sys.stderr)"], tmp_path)
@@ -116,9 +116,9 @@ def test_a_child_is_ended_when_it_fails_hangs_or_has_done_enough(bench, tmp_path
     with pytest.raises(SystemExit, match="status 3"):
         launch(["-c", "raise SystemExit(3)"], tmp_path)
     wait = ["-c", "import os, time; os.fork(); print(1); time.sleep(100)"]
-    with pytest.raises(SystemExit, match="killed after 2 s"):
+    with pytest.raises(SystemExit, match="after . s with status -9"):
         launch(wait, tmp_path, timeout=2)
-    assert launch([*wait[:1], "import time; print(1); time.sleep(100)"], tmp_path, enough=lambda: True).seconds < 50
+    assert launch([*wait[:1], "import time; print(1); time.sleep(100)"], tmp_path, lambda: True, statuses=(-15,)).lines
 
 
 def test_copies_of_another_trainers_weights_are_evaluated_over_the_whole_split(bench, nanogpt, project):
@@ -160,7 +160,6 @@ def test_a_run_is_compared_with_nanogpt(measure, nanogpt, project):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # two minutes on two quiet cores
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="exit status 143 and gloo")
 @pytest.mark.parametrize("part", ["correctness", "speed", "character"])
 def test_the_gpu_benchmark_runs_at_tiny_sizes(measure, nanogpt, part):
     found = measure("gpu", "--tiny", f"--part={part}", "--text=text.txt", "--n=2", f"--nanogpt={nanogpt}")[part]

@@ -1,17 +1,15 @@
 """Ablations: the loss and time of a config with one setting changed at a time.
 
     python tests/bench/ablations.py                                     config/train_char_cpu.py, half its steps
-    python tests/bench/ablations.py --changes="dropout=0.1,n_head=8"    other changes than the defaults
-    python tests/bench/ablations.py --config=config/train_char_cpu.py --flags="--max_iters=1000"
+    python tests/bench/ablations.py --changes="dropout=0.1,n_head=8" --flags="--max_iters=1000"
 
 A change of several settings joins them with +. Loss: over the whole validation split, after the last step. Seconds: of
 steps and evaluations, without startup. Runs are sequential, each n times with different seeds.
 """
-import sys
 import tempfile
 from pathlib import Path
 
-from common import config_file, facts, parser, prepared, report, run_train
+from common import ROOT, facts, parser, prepared, report, run_train
 
 CHANGES = ("ngram=1,ngram=1+learning_rate=0.01,ngram=3,optimizer=adamw,learning_rate=0.01,"
            "learning_rate=0.0025,schedule=cosine,qk_norm=False,zero_init=False,activation=gelu,norm=layernorm,"
@@ -19,9 +17,9 @@ CHANGES = ("ngram=1,ngram=1+learning_rate=0.01,ngram=3,optimizer=adamw,learning_
 
 
 def main(argv=None):
-    """The command line. Returns the exit status."""
+    """The command line."""
     options = parser(__doc__, "ablations", n=1)
-    options.add_argument("--config", default="config/train_char_cpu.py", help="of train.py")
+    options.add_argument("--config", default="config/train_char_cpu.py", help="of train.py, in the repository")
     options.add_argument("--flags", default="--max_iters=500", help="more arguments of all runs")
     options.add_argument("--changes", default=CHANGES, help="separated by commas")
     args = options.parse_args(argv)
@@ -33,12 +31,10 @@ def main(argv=None):
             for run in range(args.n):
                 words = [*args.flags.split(), "--eval_interval=1000000", f"--seed={1337 + run}"]
                 words += [f"--{part}" for part in filter(None, change.split("+"))]
-                last = run_train([config_file(args.config), *words], name, Path(name, f"out-{len(found)}-{run}"))[-1]
+                last = run_train([ROOT / args.config, *words], name, Path(name, "out"))[-1]
                 runs.append({"val loss": last["val_loss"], "seconds": last["elapsed"]})
-                print(change, runs[-1], file=sys.stderr, flush=True)
     report(args.json, known, found)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,7 @@
 """Seconds from launch to a validation loss, and the loss after nanoGPT's time: train.py and nanoGPT on one CPU.
 
     python tests/bench/char_cpu.py --nanogpt=../nanoGPT                 tiny Shakespeare, downloaded by prepare.py
-    python tests/bench/char_cpu.py --nanogpt=../nanoGPT --text=input.txt --sprint=config/my_short_run.py --n=5
+    python tests/bench/char_cpu.py --nanogpt=../nanoGPT --sprint=config/train_char_sprint.py --eval_interval=64
 
 nanoGPT runs the CPU command of its README in a copy of its checkout, on data that its own script prepared from the same
 text. Its time is from launch to each "iter" line, imports included; its losses are those of another, untimed run with
@@ -11,15 +11,13 @@ train.evaluate. The time of train.py is from launch to the first logged evaluati
 Three kinds of run alternate, n times: nanoGPT; --sprint with an evaluation every --eval_interval steps, stopped at the
 target; and --config unchanged, whose last validation loss before the end of nanoGPT's run is compared with nanoGPT's.
 """
-import contextlib
-import io
 import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, config_file, facts, launch, nanogpt_model, parser, prepared, report, run_train
+from common import ROOT, facts, launch, nanogpt_model, parser, prepared, report, run_train
 
 COMMAND = ("train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
            "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
@@ -67,11 +65,10 @@ def evaluated(folder, checkout, data, vocab):
     import train
     s = train.Settings(dataset=str(data), vocab_size=vocab, batch_size=64)
     data, meta = train.read_meta(s.dataset)
-    split, found = train.TokenDataset(data, "val", meta), {}
+    split, model, found = train.TokenDataset(data, "val", meta), None, {}
     for path in sorted(folder.glob("*.pt"), key=lambda path: int(path.stem)):
         copy = train.torch.load(path, weights_only=True)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its size
-            model = nanogpt_model(checkout, **copy["args"])
+        model = model or nanogpt_model(checkout, **copy["args"])
         model.load_state_dict(copy["model"])
         s.block_size = model.config.block_size
         found[int(path.stem)] = train.evaluate(model, split, s, train.World())
@@ -88,8 +85,7 @@ def copy_nanogpt(folder, checkout, meta):
     (data / "input.txt").write_bytes("".join(chars[i] for i in np.concatenate(ids)).encode())
     launch(["prepare.py"], data)
     sizes = {name: (data / f"{name}.bin").stat().st_size // 2 for name in ("train", "val")}
-    if sizes != meta["tokens"]:
-        sys.exit(f"nanoGPT splits the text into {sizes}, prepare.py into {meta['tokens']}: nothing to compare")
+    assert sizes == meta["tokens"], f"nanoGPT splits the text into {sizes}, prepare.py into {meta['tokens']}"
     return copy
 
 
@@ -102,10 +98,10 @@ def measured(folder, args, meta, theirs):
 
     def ours(config, *flags, **options):
         out = Path(tempfile.mkdtemp(prefix="out-", dir=folder))
-        log = run_train([config_file(config), "--device=cpu", *args.our_flags.split(), *flags], folder, out, **options)
+        log = run_train([ROOT / config, "--device=cpu", *args.our_flags.split(), *flags], folder, out, **options)
         return [record for record in log if record["val_loss"] is not None]
 
-    for turn in range(args.n):
+    for _ in range(args.n):
         run = launch(COMMAND, theirs)
         matches = ((at, re.match(r"iter (\d+):", line)) for at, line in run.lines)
         seconds = {int(match[1]) + 1: at for at, match in matches if match}  # "iter 0" is the first update
@@ -117,7 +113,6 @@ def measured(folder, args, meta, theirs):
         end = next((r["val_loss"] for r in reversed(curve) if r["seconds"] <= run.seconds), None)
         found["ours"].append({seconds_to: passing(sprint, args.target), "seconds": curve[-1]["seconds"],
                               "loss at nanoGPT's end": end, "curve": curve, "sprint": sprint})
-        print(f"turn {turn + 1} of {args.n}", file=sys.stderr, flush=True)
     return found
 
 
@@ -126,23 +121,19 @@ def picture(found, args, cores):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for side, key, label, style in (
-            ("nanoGPT", "curve", "nanoGPT, the CPU command of its README, 0.8 million parameters",
-             dict(color="#D55E00", linestyle="--", marker="o", markersize=4, markevery=5)),
-            ("ours", "curve", f"train.py {args.config}", dict(color="#0072B2", marker="s", markersize=5)),
-            ("ours", "sprint", f"train.py {args.sprint or args.config}",
-             dict(color="#009E73", marker="^", markersize=8, linestyle="none"))):
+    for side, key, label, color, marker, style in (
+            ("nanoGPT", "curve", "nanoGPT, the CPU command of its README, 0.8M parameters", "#D55E00", ".", "--"),
+            ("ours", "curve", f"train.py {args.config}", "#0072B2", "s", "-"),
+            ("ours", "sprint", f"train.py {args.sprint or args.config}", "#009E73", "^", "none")):
         curve = sorted((run[key] for run in found[side]), key=lambda curve: curve[-1]["seconds"])[args.n // 2]
         x, y = [point["seconds"] for point in curve], [point["val_loss"] for point in curve]
-        axes.plot(x, y, label=label, **style)
-        axes.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), (0, 7), ha="center", textcoords="offset points",
-                      color=style["color"])
+        axes.plot(x, y, label=label, color=color, marker=marker, linestyle=style)
+        axes.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), (0, 7), ha="center", textcoords="offset points", color=color)
     axes.axhline(args.target, color="grey", linewidth=0.8, linestyle=":")
     axes.annotate(f"{args.target:g}", (0, args.target), (-4, 0), textcoords="offset points", ha="right", va="center",
                   color="grey", annotation_clip=False)
-    axes.set(xlabel=f"seconds since launch, on {cores} CPU cores", xlim=(0, None),
+    axes.set(xlabel=f"seconds since launch, on {cores} CPU cores", xlim=(0, None), ylim=(None, 2.6),
              ylabel="validation loss, nats per character")
-    axes.set_ylim(top=min(2.6, axes.get_ylim()[1]))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
@@ -150,7 +141,7 @@ def picture(found, args, cores):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status."""
+    """The command line."""
     options = parser(__doc__, "char-cpu")
     options.add_argument("--nanogpt", required=True, type=Path, help="a checkout of nanoGPT; it is copied, not changed")
     options.add_argument("--config", default="config/train_char_cpu.py", help="for the loss at nanoGPT's end")
@@ -169,8 +160,7 @@ def main(argv=None):
     if args.picture:
         picture(found, args, known["cores"])
     report(args.json, known, found)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

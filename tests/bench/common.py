@@ -42,21 +42,13 @@ def parser(doc, name, n=3, text=True):
 
 # Facts and figures --------
 
-def chip():
-    """The name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def facts(**more):
     """What a figure is reported with. Call it before measuring: the load is that of other programs."""
+    info = Path("/proc/cpuinfo")
+    chip = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8") if info.exists() else "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    return dict(cores=cores, chip=chip(), torch=importlib.metadata.version("torch"),
-                date=datetime.date.today().isoformat(), load_before=load) | more
+    return dict(cores=cores, chip=chip[1] if chip else platform.processor(), torch=importlib.metadata.version("torch"),
+                date=datetime.date.today().isoformat(), load_before=round(os.getloadavg()[0], 2)) | more
 
 
 def spread(values, digits=None):
@@ -71,13 +63,7 @@ def spread(values, digits=None):
 
 
 def table(found):
-    """A Markdown table of {row: [figures of a run as a dict]}, without the figures that are lists or dicts.
-
-    >>> print(table({"prepare.py": [{"MB/s": 160}, {"MB/s": 170}]}))
-    |  | MB/s |
-    |---|---|
-    | prepare.py | 165 (160 to 170) |
-    """
+    """A Markdown table of {row: [figures of a run as a dict]}, without the figures that are lists or dicts."""
     columns = dict.fromkeys(key for runs in found.values() for run in runs for key, value in run.items()
                             if not isinstance(value, (list, dict)))
     rows = [[label, *(spread([run.get(key) for run in runs], 4 if "loss" in key else None) for key in columns)]
@@ -94,57 +80,51 @@ def report(path, known, found):
     print(f"written to {path}")
 
 
-def flops_per_token(n_layer, n_head, n_embd, block_size, vocab_size):
-    """Floating point operations of a training step per token: three passes over each weight, and PaLM's attention."""
-    return 6 * (12 * n_layer * n_embd**2 + vocab_size * n_embd) + 12 * n_layer * n_embd * block_size
+def mfu(tokens_per_second, gpu, n_layer, n_head, n_embd, block_size, vocab_size):
+    """Percent of the GPU's dense 16-bit FLOPS by its data sheet, or None if it is unknown.
 
-
-def peak_flops(name):
-    """Dense 16-bit operations per second of a GPU by its data sheet, or None if it is unknown."""
-    peaks = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
-             "A10": 125e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
-             "MI300X": 1307e12}
-    return next((peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", name)), None)
+    A token costs three passes over each weight in the matrix products, and PaLM's count for attention.
+    """
+    flops = 6 * (12 * n_layer * n_embd**2 + vocab_size * n_embd) + 12 * n_layer * n_embd * block_size
+    peaks = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "A10": 125,
+             "L40S": 362, "L4": 121, "4090": 165, "3090": 71, "V100": 125, "T4": 65}
+    peak = next((peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", gpu)), None)
+    return peak and 100 * tokens_per_second * flops / (peak * 1e12)
 
 
 # Child processes ----------
 
-def launch(command, folder, enough=None, timeout=10**6, status=0, env=()):
+def launch(command, folder, enough=None, timeout=10**6, statuses=(0,), env=()):
     """Run a Python command line in a folder. Exits if the child ends with another status.
 
     Returns its `lines`, each after its seconds since launch, what it wrote to stderr (`errors`), its `seconds` and its
-    peak resident memory in MB (`peak`, None on Windows). The child is terminated when enough() is true after a line.
+    peak resident memory in MB (`peak`). The child is terminated when enough() is true after a line.
     """
-    began, lines, stopped, peak = time.perf_counter(), [], False, None
+    began, lines = time.perf_counter(), []
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         child = subprocess.Popen([sys.executable, "-u", *map(str, command)], cwd=folder, env=os.environ | dict(env),
                                  stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace",
                                  start_new_session=True)
-        end = child.kill if os.name == "nt" else lambda: os.killpg(child.pid, signal.SIGKILL)  # with its children
-        timer = threading.Timer(timeout, end)
-        timer.start()
+        timer = threading.Timer(timeout, os.killpg, (child.pid, signal.SIGKILL))  # with its children
         try:
+            timer.start()
             for line in child.stdout:
                 lines.append((time.perf_counter() - began, line.rstrip("\n")))
-                if enough and not stopped and enough():
-                    child.terminate()
-                    stopped = True
-            if hasattr(os, "wait4"):
-                _, code, usage = os.wait4(child.pid, 0)
-                child.returncode = os.waitstatus_to_exitcode(code)
-                peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-            child.wait()
+                if enough and enough():
+                    os.kill(child.pid, signal.SIGTERM)  # child.terminate() would reap it, if it has ended
+            _, code, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(code)
         finally:
             timer.cancel()
             if child.returncode is None:  # interrupted
-                end()
+                os.killpg(child.pid, signal.SIGKILL)
         seconds = time.perf_counter() - began
         errors.seek(0)
         text = errors.read()
-    if child.returncode != status and not (stopped and status == 0):
-        last = text.strip() or "\n".join(line for _, line in lines[-20:])
-        late = f", killed after {timeout:.0f} s" if seconds > timeout else ""
-        sys.exit(f"{' '.join(map(str, command))}\nended with status {child.returncode}{late}:\n{last[-4000:]}")
+    if child.returncode not in statuses:
+        end = f"ended after {seconds:.0f} s with status {child.returncode}"
+        sys.exit(f"{' '.join(map(str, command))}\n{end}:\n{text[-4000:]}")
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
     return SimpleNamespace(lines=lines, errors=text, seconds=seconds, peak=peak)
 
 
@@ -154,12 +134,15 @@ def log_of(folder):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def run_train(argv, folder, out, target=None, command=(ROOT / "train.py",), launch=launch, **options):
-    """Run train.py, until a validation loss below the target. Returns its log, each record with `seconds` since launch."""
+def run_train(argv, folder, out, target=None, processes=0, script=(ROOT / "train.py",), launch=launch):
+    """Run train.py, with torchrun or not, until a loss below the target. Returns its log, `seconds` since launch added."""
     def reached():
         return any(record["val_loss"] and record["val_loss"] < target for record in log_of(out)[-1:])
 
-    lines = launch([*command, *argv, f"--out_dir={out}"], folder, target and reached, **options).lines
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    env = dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive") if processes else {}
+    lines = launch([*torchrun, *script, *argv, f"--out_dir={out}"], folder, target and reached, env=env,
+                   statuses=(0, 143) if target else (0,)).lines
     # `elapsed` starts when the header of the table is printed, after imports and opening the data
     start = next(seconds for seconds, line in lines if line.split()[:2] == ["step", "loss"])
     return [record | dict(seconds=start + record["elapsed"]) for record in log_of(out)]
@@ -171,11 +154,6 @@ def prepared(folder, text=None):
     return json.loads((folder / "data" / "char" / "meta.json").read_text(encoding="utf-8"))
 
 
-def config_file(word):
-    """The absolute path of a config file, relative to the current folder or to the repository."""
-    return str(Path(word).resolve() if Path(word).is_file() else ROOT / word)
-
-
 def nanogpt_model(checkout, **config):
     """A GPT of nanoGPT's model.py with these settings."""
     module = runpy.run_path(str(Path(checkout) / "model.py"))
@@ -183,10 +161,7 @@ def nanogpt_model(checkout, **config):
 
 
 def compare(script, options, measure, argv):
-    """The command line of a benchmark of ours and nanoGPT's side. Returns the exit status.
-
-    The sides alternate, n times, each time in a process of its own that prints the dict measure(args, other arguments).
-    """
+    """The command line of a benchmark of two sides. They alternate, in processes that print measure(args, rest)."""
     options.add_argument("--nanogpt", help="a checkout of nanoGPT to compare with")
     options.add_argument("--size", default="10.8M", choices=SIZES, help="of the model, in parameters")
     options.add_argument("--batch", type=int, default=0, help="sequences at once; 0 depends on the size")
@@ -198,12 +173,10 @@ def compare(script, options, measure, argv):
     if args.side:
         sys.path.insert(0, str(ROOT))
         print(json.dumps(measure(args, extra)))
-        return 0
-    known, found = facts(n=args.n, settings=" ".join(words)), {"nanoGPT": [], "ours": []}
-    if not args.nanogpt:
-        del found["nanoGPT"]
+        return
+    known = facts(n=args.n, settings=" ".join(words))
+    found = {side: [] for side in ("nanoGPT", "ours") if args.nanogpt or side == "ours"}
     for _ in range(args.n):
         for side, turns in found.items():
             turns.append(json.loads(launch([script, f"--side={side}", *words], ".").lines[-1][1]))
     report(args.json, known, found)
-    return 0

@@ -1,17 +1,17 @@
 """What may break on a GPU, and the README's GPU figures, in three parts of under nine minutes each on an H100 or H200.
 
     python tests/bench/gpu.py --nanogpt=../nanoGPT --text=input.txt    all parts; offline, --text is tiny Shakespeare
-    python tests/bench/gpu.py --part=correctness                       or speed, character
-    python tests/bench/gpu.py --tiny                                   tiny shapes on a CPU, to test this script
+    python tests/bench/gpu.py --part=speed --tiny                      a part, with tiny shapes on a CPU as a test
 
 correctness: losses by dtype, compiled, under torchrun and with two processes (NCCL needs two GPUs, gloo one); resume,
-SIGTERM, --deterministic; sampling, scoring; a random GPT-2. speed: training steps and decoding (see step.py, sample.py).
+SIGTERM, --deterministic; sampling, scoring; a random GPT-2. speed: training steps and decoding, see step.py, sample.py.
 character: --n seeds of config/train_char.py, seconds from launch to a validation loss of 1.4697, and nanoGPT's own run
 of a model of this size, with its own estimates of the loss.
 
 Each run is a child process. A row fails if a run fails, lasts too long or writes a warning to stderr; the others go on.
 The JSON file keeps the parts that other calls measured. Exit status 1 if a row failed.
 """
+import functools
 import json
 import os
 import re
@@ -55,36 +55,35 @@ class Part:
         self.args, self.folder, self.end = args, folder, time.monotonic() + SECONDS
         self.rows, self.warnings, self.failed, self.meta = {}, [], {}, prepared(folder, args.text)
 
-    def row(self, group, name, figures):
-        """Add a row of the dicts that a generator yields, one for each run, or why it failed. Returns the dicts."""
-        self.warnings, runs, began = [], [], time.monotonic()
+    def row(self, group, name, measure, *args, **options):
+        """Add a row, the figures (a dict) that a call returns, or why it failed. Returns them."""
+        if self.args.tiny and "compiled" in name:  # half a minute each
+            return {}
+        self.warnings, figures, began = [], {}, time.monotonic()
         try:
-            runs.extend(figures)
+            figures = measure(*args, **options)
             reason = "; ".join(self.warnings)
         except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {error}"
         if reason:
             self.failed[f"{group}, {name}"] = reason
-        self.rows.setdefault(group, {})[name + " (FAILED)" * bool(reason)] = runs
+        self.rows.setdefault(group, {})[name + " (FAILED)" * bool(reason)] = [figures]
         print(f"{group}, {name}: {reason or 'passed'}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-        return runs
+        return figures
 
     def run(self, command, folder=None, *args, **options):
         """launch() within the time that is left. Notes warnings but nanoGPT's."""
         left = self.end - time.monotonic()
-        if left < 5:
-            raise TimeoutError("no time is left")
+        assert left > 0, f"{SECONDS} s have passed"
         tiny = [flag for script in TINY if script in command for flag in TINY[script].split()]
         done = launch([*command, *tiny * self.args.tiny], folder or self.folder, *args, timeout=left, **options)
         if "train.py" not in command and "--side=nanoGPT" not in command:
             self.warnings += [match[0][-200:] for match in WARNING.finditer(done.errors)]
         return done
 
-    def train(self, out, *argv, processes=0, wrapper=(), **options):
-        """Run train.py, with `processes` under torchrun. Returns its log with `seconds` since launch."""
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 0)
-        return run_train(argv, self.folder, self.folder / out, command=[*torchrun, *wrapper, TRAIN], launch=self.run,
-                         env=dict(OMP_NUM_THREADS="1") if processes else {}, **options)
+    def train(self, out, *argv, **options):
+        """run_train() in the folder."""
+        return run_train(argv, self.folder, self.folder / out, launch=self.run, **options)
 
     def checkpoint(self, out, name="ckpt.pt"):
         """A checkpoint of a run."""
@@ -93,58 +92,56 @@ class Part:
 
 # Correctness --------------
 
-def training(part):
-    """Rows of short runs of config/train_char.py: 200 steps, and what resumes them."""
+def correctness(part):
+    """Rows of short runs of config/train_char.py, of sample.py with the first of them, and of GPT-2."""
     losses, steps, gloo = {}, 20 if part.args.tiny else 200, part.folder / "gloo.py"
     gloo.write_text(GLOO, encoding="utf-8")
 
-    def equal(out, *flags, **options):
+    def char(out, *flags, **options):
         log = part.train(out, CHAR, f"--max_iters={steps}", f"--eval_interval={steps}", *flags, **options)
-        losses[out] = log[-1]["val_loss"]
-        yield {"loss": losses[out]}
-        assert abs(losses[out] - losses["eager"]) < 0.02, "not the loss of the first row"
+        loss = losses[out] = log[-1]["val_loss"]
+        assert abs(loss - losses["eager"]) < 0.02, f"loss {loss:.4f}, not that of the first row"
+        return {"loss": loss}
 
-    def resumed(out):
-        last = part.train(out, "--init_from=resume", "--dtype=float16", f"--max_iters={steps + 10}")[-1]
-        yield {"loss": last["val_loss"]}
-        assert last["step"] == steps + 10 and last["val_loss"] < losses[out] + 0.05, "worse, or not all steps"
+    def resume(out, end, *flags):
+        last = part.train(out, "--init_from=resume", f"--max_iters={end}", *flags)[-1]
+        assert last["step"] == end and last["val_loss"] < losses.get(out, 5) + 0.05, "not all steps, or worse"
+        return {"loss": last["val_loss"]}
 
-    def stopped():
+    def stop():
         command = [TRAIN, CHAR, "--max_iters=1000000", "--eval_interval=1000000", "--out_dir=stopped"]
-        part.run(command, enough=lambda: log_of(part.folder / "stopped"), status=143)
-        end = part.checkpoint("stopped")["progress"]["step"] + 10
-        last = part.train("stopped", "--init_from=resume", f"--max_iters={end}")[-1]
-        yield {"loss": last["val_loss"]}
-        assert last["step"] == end, "not all steps"
+        part.run(command, enough=lambda: log_of(part.folder / "stopped"), statuses=(143,))
+        return resume("stopped", part.checkpoint("stopped")["progress"]["step"] + 10)
 
     def deterministic(*flags):
         flags = CHAR, "--deterministic", "--lr_decay_iters=60", "--eval_interval=30", *flags
-        yield {"loss": part.train("whole", *flags, "--max_iters=60")[-1]["val_loss"]}
+        part.train("whole", *flags, "--max_iters=60")
         part.train("halves", *flags, "--max_iters=30")
-        part.train("halves", "--init_from=resume", "--max_iters=60")
+        figures = resume("halves", 60)
         a, b = part.checkpoint("whole")["model"], part.checkpoint("halves")["model"]
         assert all(torch.equal(a[name], b[name]) for name in a), "the weights differ"
+        return figures
 
-    one_gpu = torch.cuda.device_count() < 2
-    two = equal("two", *["--device=cuda:0"] * one_gpu, processes=2, wrapper=[gloo] * one_gpu)
-    for name, figures in {
-            f"train_char, {steps} steps": equal("eager", "--compile=False"),
-            "compiled": equal("compiled", "--compile=True"),
-            "float16": equal("float16", "--dtype=float16"),
-            "float32": equal("float32", "--dtype=float32"),
-            "torchrun, one process": equal("one", processes=1),
-            f"torchrun, two processes, {'one GPU, gloo' if one_gpu else 'two GPUs, NCCL'}": two,
-            "the first, resumed in float16": resumed("eager"),
-            "float32, resumed in float16": resumed("float32"),
-            "SIGTERM (status 143), resumed": stopped(),
-            "deterministic: 60 steps are 30 + 30": deterministic("--compile=False"),
-            "deterministic, compiled": deterministic("--compile=True")}.items():
-        if not (part.args.tiny and "compiled" in name):  # half a minute each
-            part.row("correctness", name, figures)
+    row = functools.partial(part.row, "correctness")
+    row(f"train_char, {steps} steps", char, "eager", "--compile=False")
+    row("compiled", char, "compiled", "--compile=True")
+    row("float16", char, "float16", "--dtype=float16")
+    row("float32", char, "float32", "--dtype=float32")
+    row("torchrun, one process", char, "one", processes=1)
+    if torch.cuda.device_count() > 1:
+        row("torchrun, two processes", char, "two", processes=2)
+    row("two processes on one GPU, gloo", char, "gloo", "--device=cuda:0", processes=2, script=[gloo, TRAIN])
+    row("the first, resumed in float16", resume, "eager", steps + 10, "--dtype=float16")
+    row("float32, resumed in float16", resume, "float32", steps + 10, "--dtype=float16")
+    row("SIGTERM (status 143), resumed", stop)
+    row("deterministic: 60 steps are 30 + 30", deterministic, "--compile=False")
+    row("deterministic, compiled", deterministic, "--compile=True")
+    row("sampling: one text, four, greedy as on the CPU, score", sampling, part)
+    row("a random GPT-2: sampled, finetuned for 5 steps", random_gpt2, part)
 
 
 def sampling(part):
-    """Rows of sample.py with the model of the first row."""
+    """Figures of sample.py with the model of the first row."""
     chars, val = part.meta["tokenizer"]["chars"], part.folder / "val.txt"
     text = "".join(chars[i] for i in np.fromfile(part.folder / "data" / "char" / "val.bin", part.meta["dtype"]))
     val.write_bytes(text.encode())
@@ -153,65 +150,41 @@ def sampling(part):
         command = [SAMPLE, "--out_dir=eager", f"--start={text[:8]}", "--max_new_tokens=200", *flags]
         return "\n".join(line for _, line in part.run(command).lines)
 
-    def texts():
-        yield {"characters": len(printed())}
-        assert printed("--num_samples=4").count("-" * 15) == 4, "not four texts"
-
-    def greedy():
-        flags = "--temperature=0", "--dtype=float32"
-        same = len(os.path.commonprefix([printed(*flags), printed(*flags, "--device=cpu")])) - 8
-        yield {"characters": same}
-        assert same >= 32, "another text on the CPU"
-
-    def score():
-        loss = float(re.search(r"loss ([\d.]+) nats", printed(f"--score={val}"))[1])
-        yield {"loss": loss}
-        assert abs(loss - part.checkpoint("eager", "best.pt")["progress"]["best_val_loss"]) < 0.2, "not train.py's"
-
-    part.row("correctness", "one text and four", texts())
-    part.row("correctness", "greedy in float32, as on the CPU", greedy())
-    part.row("correctness", "score of the validation split", score())
+    assert len(printed()) > 200 and printed("--num_samples=4").count("-" * 15) == 4, "not one text and four"
+    loss = float(re.search(r"loss ([\d.]+) nats", printed(f"--score={val}"))[1])
+    best = part.checkpoint("eager", "best.pt")["progress"]["best_val_loss"]
+    assert abs(loss - best) < 0.2, f"score: loss {loss}, {best:.4f} in train.py"
+    greedy = "--temperature=0", "--dtype=float32"
+    same = len(os.path.commonprefix([printed(*greedy), printed(*greedy, "--device=cpu")])) - 8
+    assert same >= 32, f"greedy: another text on the CPU after {same} characters"
+    return {"loss": loss, "equal characters": same}
 
 
-def gpt2(part):
-    """Rows of a random GPT-2 in Hugging Face's layout, with 50,257 characters as tokens, on random text."""
+def random_gpt2(part):
+    """Figures of a random GPT-2 in Hugging Face's layout, with 50,257 characters as tokens, on random text."""
+    from safetensors.torch import save_file
     L, H, C, T, V = (1, 2, 32, 16, 300) if part.args.tiny else (12, 12, 768, 1024, 50257)
-    text = "".join(chr(256 + i % V) for i in torch.randperm(7 * V).tolist())
+    chars, folder = "".join(map(chr, range(256, 256 + V))), part.folder / "gpt2"
+    text = "".join(chars[i % V] for i in torch.randperm(7 * V).tolist())
     (part.folder / "random.txt").write_text(text, encoding="utf-8")
-
-    def sampled():
-        from safetensors.torch import save_file
-        part.run([ROOT / "prepare.py", "random.txt", "--name=random"])
-        meta = json.loads((part.folder / "data" / "random" / "meta.json").read_text(encoding="utf-8"))
-        shapes = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
-                  "ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-        shapes = {f"h.{i}.{name}": shape for i in range(L) for name, shape in shapes.items()} | {"ln_f": (C,)}
-        tensors = {"wte.weight": 0.02 * torch.randn(V, C), "wpe.weight": 0.02 * torch.randn(T, C)}
-        for name, shape in shapes.items():
-            tensors[f"{name}.weight"] = 0.02 * torch.randn(shape) + (len(shape) == 1)
-            tensors[f"{name}.bias"] = torch.zeros(shape[-1])
-        config = dict(n_layer=L, n_head=H, n_embd=C, n_positions=T, vocab_size=V, tokenizer_spec=meta["tokenizer"])
-        (part.folder / "gpt2").mkdir()
-        (part.folder / "gpt2" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        save_file(tensors, part.folder / "gpt2" / "model.safetensors")
-        done = part.run([SAMPLE, "--init_from=./gpt2", f"--start={text[:8]}", "--max_new_tokens=100"])
-        yield {"characters": len("\n".join(line for _, line in done.lines))}
-
-    def finetuned():
-        log = part.train("finetuned", ROOT / "config" / "finetune_gpt2.py", "--init_from=./gpt2", "--dataset=random",
-                         "--max_iters=5", "--eval_interval=5")
-        yield {"loss": log[-1]["val_loss"]}
-        assert abs(log[-1]["val_loss"] - np.log(V)) < 0.5, "random weights predict random tokens"
-
-    part.row("correctness", "a random GPT-2, sampled", sampled())
-    part.row("correctness", "a random GPT-2, finetuned for 5 steps", finetuned())
-
-
-def correctness(part):
-    """All rows of the part."""
-    training(part)
-    sampling(part)
-    gpt2(part)
+    part.run([ROOT / "prepare.py", "random.txt", "--name=random"])
+    shapes = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
+              "ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+    shapes = {f"h.{i}.{name}": shape for i in range(L) for name, shape in shapes.items()} | {"ln_f": (C,)}
+    tensors = {"wte.weight": 0.02 * torch.randn(V, C), "wpe.weight": 0.02 * torch.randn(T, C)}
+    for name, shape in shapes.items():
+        tensors[f"{name}.weight"] = 0.02 * torch.randn(shape) + (len(shape) == 1)
+        tensors[f"{name}.bias"] = torch.zeros(shape[-1])
+    config = dict(n_layer=L, n_head=H, n_embd=C, n_positions=T, vocab_size=V,
+                  tokenizer_spec=dict(kind="char", chars=chars))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors, folder / "model.safetensors")
+    part.run([SAMPLE, "--init_from=./gpt2", f"--start={text[:8]}", "--max_new_tokens=100"])
+    loss = part.train("finetuned", ROOT / "config" / "finetune_gpt2.py", "--init_from=./gpt2", "--dataset=random",
+                      "--max_iters=5", "--eval_interval=5")[-1]["val_loss"]
+    assert abs(loss - np.log(V)) < 0.5, f"loss {loss:.4f}, but {np.log(V):.4f} is that of random tokens"
+    return {"loss": loss}
 
 
 # Speed --------------------
@@ -221,19 +194,19 @@ def speed(part):
     both = ["ours", "nanoGPT"] if part.args.nanogpt else ["ours"]
     large = "--size=124M", "--batch=32", "--accumulate=16", "--steps=8", "--warm=1"
 
-    def figures(script, side, *flags):
+    def figures(script, side, flags):
         command = [BENCH / script, f"--side={side}", f"--nanogpt={part.args.nanogpt}", *flags]
-        yield json.loads(part.run(command).lines[-1][1])
+        return json.loads(part.run(command).lines[-1][1])
 
     def step(name, *flags, sides=("ours",)):
         for side in sides:
-            part.row("training step", f"{name}, {side}", figures("step.py", side, *flags))
+            part.row("training step", f"{name}, {side}", figures, "step.py", side, flags)
 
     step("124M, 32 x 1024 x 16", *large, "--profile", sides=both)
     for size, batch in (("124M", 1), ("124M", 64), ("10.8M", 1), ("10.8M", 64)):
         for side in both:
-            part.row("decoding", f"{size}, batch {batch}, {side}",
-                     figures("sample.py", side, f"--size={size}", f"--batch={batch}"))
+            flags = f"--size={size}", f"--batch={batch}"
+            part.row("decoding", f"{size}, batch {batch}, {side}", figures, "sample.py", side, flags)
     step("10.8M, 64 x 256", "--size=10.8M", "--steps=200", sides=both)
     step("10.8M, eager", "--size=10.8M", "--steps=200", "--compile=False")
     step("124M, 64 x 1024 x 8", *large, "--batch=64", "--accumulate=8")
@@ -252,23 +225,22 @@ def character(part):
         return {"best loss": min(point["val_loss"] for point in curve), "seconds": seconds,
                 f"seconds to {target}": passing(curve, target), "curve": curve}
 
-    def ours(*flags, seeds=1, **options):
-        for i in range(seeds):
-            log = part.train("character", CHAR, f"--seed={1337 + i}", *flags, *short, **options)
-            yield figures(log, log[-1]["seconds"])
+    def ours(*flags, **options):
+        log = part.train("character", CHAR, *flags, *short, **options)
+        return figures(log, log[-1]["seconds"])
 
     def theirs():
         copy = copy_nanogpt(part.folder, part.args.nanogpt, part.meta)
         done = part.run(["train.py", "config/train_shakespeare_char.py"], copy)
         found = ((seconds, re.match(r"step \d+: .* val loss ([\d.]+)", line)) for seconds, line in done.lines)
-        yield figures([dict(seconds=at, val_loss=float(match[1])) for at, match in found if match], done.seconds)
+        return figures([dict(seconds=at, val_loss=float(match[1])) for at, match in found if match], done.seconds)
 
-    runs = part.row("character model", f"train_char, {part.args.n} seeds", ours(seeds=part.args.n))
-    mean = [{"best loss": statistics.mean(run["best loss"] for run in runs)}] if runs else []
-    part.row("character model", f"the mean of {len(runs)}", mean)
-    part.row("character model", "train_char, stopped at the target", ours("--eval_interval=100", target=target))
+    row = functools.partial(part.row, "character model")
+    seeds = [row(f"train_char, seed {1337 + i}", ours, f"--seed={1337 + i}") for i in range(part.args.n)]
+    row("the mean", lambda: {"best loss": statistics.mean(run["best loss"] for run in seeds)})
+    row("train_char, stopped at the target", ours, "--eval_interval=100", target=target)
     if part.args.nanogpt:
-        part.row("character model", "nanoGPT, train_shakespeare_char", theirs())
+        row("nanoGPT, train_shakespeare_char", theirs)
 
 
 # Command line -------------
@@ -282,8 +254,8 @@ def main(argv=None):
     options.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU")
     args = options.parse_args(argv)
     args.nanogpt = args.nanogpt and args.nanogpt.resolve()
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    gpu = dict(gpus=names, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+    gpu = dict(gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+               cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
     found = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
     for name in [args.part] if args.part else parts:
         with tempfile.TemporaryDirectory() as folder:

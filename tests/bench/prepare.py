@@ -6,8 +6,8 @@
 
 The text is repeated until it has the size. With --nanogpt, its data/shakespeare_char/prepare.py on the same text.
 """
+import pydoc_data.topics
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,17 +15,13 @@ from common import ROOT, facts, launch, parser, report
 
 
 def main(argv=None):
-    """The command line. Returns the exit status."""
+    """The command line."""
     options = parser(__doc__, "prepare")
     options.add_argument("--mb", type=float, default=200, help="size of the text in megabytes")
     options.add_argument("--tokenizers", default="char,byte,gpt2", help="separated by commas")
     options.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, to time its prepare.py on the same text")
     args = options.parse_args(argv)
-    if args.text:
-        text = args.text.read_bytes()
-    else:
-        from pydoc_data.topics import topics
-        text = "\n\n".join(topics[key] for key in sorted(topics)).encode()
+    text = (args.text or Path(pydoc_data.topics.__file__)).read_bytes()
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "text.txt")
         with open(path, "wb") as file:
@@ -43,8 +39,7 @@ def main(argv=None):
             runs = [launch(command, name) for _ in range(args.n)]
             found[label] = [{"MB/s": mb / run.seconds, "peak MB": run.peak} for run in runs]
     report(args.json, known, found)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,13 +1,11 @@
 """What a large dataset costs train.py: a million tokens in one file against ten billion in a hundred shards.
 
-    python tests/bench/shards.py                        three runs of each, alternating, after one that warms the cache
-    python tests/bench/shards.py --shards=10 --n=1 --json=bench-shards.json
+    python tests/bench/shards.py                three runs of each, alternating, after one that warms the cache
 
 The shards are holes in files, which take no room on the disk; needs a file system that has them. A hole is read as
 fast as memory once the system's cache has it, so this shows what train.py adds, not what a disk does.
 """
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -41,13 +39,13 @@ def measure(folder, dataset):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status."""
+    """The command line."""
     options = parser(__doc__, "shards", text=False)
     options.add_argument("--shards", type=int, default=100, help="of the large dataset")
     options.add_argument("--tokens", type=int, default=10**8, help="in each of its shards")
     args = options.parse_args(argv)
-    sizes, found = dict(small=(1, 10**6), large=(args.shards, args.tokens)), {}
     known = facts(n=args.n, shards=args.shards, tokens=args.tokens)
+    sizes, found = dict(small=(1, 10**6), large=(args.shards, args.tokens)), {}
     with tempfile.TemporaryDirectory() as name:
         for dataset, size in sizes.items():
             make_dataset(Path(name, "data", dataset), *size)
@@ -56,8 +54,7 @@ def main(argv=None):
                 figures = measure(Path(name), dataset)
                 found[dataset] = found[dataset] + [figures] if turn else []  # the first warms the cache
     report(args.json, known, found)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

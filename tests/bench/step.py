@@ -5,26 +5,20 @@
     python tests/bench/step.py --nanogpt=../nanoGPT --size=124M --accumulate=16 GPT-2's shape, on a GPU
 
 A step is the forward and backward passes of --accumulate batches, clipping and the optimizer, without reading the data.
---steps are timed after a warm-up; the parts of a step are medians of at most five more. nanoGPT has its own settings:
-AdamW, fused on a GPU, autocast on a GPU only. train.py has its defaults (Muon, tied weights at 124M only) without
-n-grams; other arguments are those of train.py, for example --optimizer=adamw. On a known GPU, MFU counts 6 operations
-per token for each weight in the matrix products and 12 L C T for attention.
+--steps are timed after a warm-up; its parts are medians of at most five more. nanoGPT has its own settings: fused AdamW
+and autocast on a GPU. train.py has its defaults (Muon, tied weights at 124M only) without n-grams; other arguments are
+those of train.py, for example --optimizer=adamw.
 """
-import contextlib
 import statistics
-import sys
 import time
 
-from common import NAMES, SIZES, compare, flops_per_token, nanogpt_model, parser, peak_flops
+from common import NAMES, SIZES, compare, mfu, nanogpt_model, parser
 
-DEFAULTS = {"tiny": (2, 2, 2, 2), "0.8M": (12, 200, 12, 200), "10.8M": (64, 3, 64, 50),
-            "124M": (4, 1, 32, 20)}  # batch and steps on a CPU, on a GPU
+DEFAULTS = {"tiny": (2, 2, 2, 2), "0.8M": (12, 200, 12, 200), "10.8M": (64, 3, 64, 50), "124M": (4, 1, 32, 20)}
 
 
-def ours(shape, batch, device, dtype, argv):
-    """The model of train.py, its gradient scaler, its update and the context of its forward passes."""
-    import torch
-
+def ours(shape, batch, device, dtype, scaler, argv):
+    """The model of train.py and its update."""
     import train
     same = dict(ngram=1, tie_weights=shape["vocab_size"] > 10_000)  # an untied head would be a quarter more
     s = train.Settings(**same | shape | dict(batch_size=batch) | train.parse_args(train.Settings, argv)[0])
@@ -32,17 +26,18 @@ def ours(shape, batch, device, dtype, argv):
     model.compute_dtype = dtype
     model.to(device)
     optimizers = train.configure_optimizers(model, s)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return (model, scaler, lambda: train.optimizer_step(model, optimizers, scaler, s.learning_rate, s.grad_clip),
-            contextlib.nullcontext())
+
+    def update():
+        train.optimizer_step(model, optimizers, scaler, s.learning_rate, s.grad_clip)
+
+    return model, update
 
 
-def nanogpt(checkout, shape, device, dtype):
+def nanogpt(checkout, shape, device, scaler):
     """The same of nanoGPT, with the defaults of its train.py."""
     import torch
     model = nanogpt_model(checkout, **shape, dropout=0.0, bias=False).to(device)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and dtype == torch.float16)
 
     def update():
         scaler.unscale_(optimizer)
@@ -51,7 +46,7 @@ def nanogpt(checkout, shape, device, dtype):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    return model, scaler, update, torch.autocast(device.type, dtype, enabled=device.type == "cuda")
+    return model, update
 
 
 def heaviest(step, on_gpu):
@@ -59,9 +54,9 @@ def heaviest(step, on_gpu):
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU], acc_events=True) as profiler:
         step()
-    times = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
-             for event in profiler.key_averages()}
-    return {key[:100]: times[key] / 1000 for key in sorted(times, key=times.get, reverse=True)[:25]}
+    times = [(event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.key)
+             for event in profiler.key_averages()]
+    return {key[:100]: time / 1000 for time, key in sorted(times, reverse=True)[:25]}
 
 
 def measure(args, argv):
@@ -73,51 +68,50 @@ def measure(args, argv):
     dtype, on_gpu, is_ours = train.get_compute_dtype(args, device), device.type == "cuda", args.side == "ours"
     if args.attention == "flash":
         torch.backends.cuda.enable_cudnn_sdp(False)
-    batch, steps = DEFAULTS[args.size][2:] if on_gpu else DEFAULTS[args.size][:2]
+    batch, steps = DEFAULTS[args.size][2:] if on_gpu else DEFAULTS[args.size][:2]  # the first two are for CPUs
     batch, steps = args.batch or batch, args.steps or steps
     torch.manual_seed(0)
-    model, scaler, update, context = (ours(shape, batch, device, dtype, argv) if is_ours else
-                                      nanogpt(args.nanogpt, shape, device, dtype))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    model, update = (ours(shape, batch, device, dtype, scaler, argv) if is_ours else
+                     nanogpt(args.nanogpt, shape, device, scaler))
     compiled = args.compile == "True" or args.compile == "auto" and on_gpu
     forward = torch.compile(model, dynamic=False) if compiled else model
     # with the strides of training, or torch.compile would compile again; nanoGPT's are contiguous
     tokens = [torch.randint(shape["vocab_size"], (batch, shape["block_size"] + 1), device=device) for _ in range(8)]
-    pairs = [(t[:, :-1], t[:, 1:]) for t in tokens]
-    pairs = pairs if is_ours else [(x.contiguous(), y.contiguous()) for x, y in pairs]
+    pairs = [(t[:, :-1], t[:, 1:]) if is_ours else (t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
 
     def passes():
         for i in range(args.accumulate):
-            with context:
+            with torch.autocast(device.type, dtype, enabled=on_gpu and not is_ours):
                 loss = forward(*pairs[i % 8])[1] / args.accumulate
             scaler.scale(loss).backward()
 
-    def step(count=1):
-        for _ in range(count):
-            passes()
-            update()
+    def step():
+        passes()
+        update()
 
-    def seconds(function, *arguments):
+    def seconds(function, count=1):
         wait = torch.cuda.synchronize if on_gpu else lambda: None
         wait()
         began = time.perf_counter()
-        function(*arguments)
+        for _ in range(count):
+            function()
         wait()
         return time.perf_counter() - began
 
-    step(args.warm)
+    seconds(step, args.warm)
     speed = steps * args.accumulate * batch * shape["block_size"] / seconds(step, steps)
     parts = [(seconds(passes), seconds(update)) for _ in range(min(steps, 5))]
-    peak = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
     return {"parameters": sum(p.numel() for p in model.parameters()),
             "dtype": str(dtype if is_ours or on_gpu else torch.float32).removeprefix("torch."), "tokens/s": speed,
-            "MFU, %": peak and 100 * speed * flops_per_token(**shape) / peak,
+            "MFU, %": mfu(speed, torch.cuda.get_device_name(device) if on_gpu else "", **shape),
             "passes, ms": 1000 * statistics.median(first for first, _ in parts),
             "update, ms": 1000 * statistics.median(second for _, second in parts),
             "peak GB": train.peak_memory(device) / 1e9, "kernels": heaviest(step, on_gpu) if args.profile else {}}
 
 
 def main(argv=None):
-    """The command line. Returns the exit status."""
+    """The command line."""
     options = parser(__doc__, "step", text=False)
     options.add_argument("--accumulate", type=int, default=1, help="passes in a step")
     options.add_argument("--steps", type=int, default=0, help="in a turn; 0 depends on the size")
@@ -125,8 +119,8 @@ def main(argv=None):
     options.add_argument("--compile", default="auto", choices=("auto", "True", "False"), help="auto: on a GPU")
     options.add_argument("--attention", default="auto", choices=("auto", "flash"), help="flash: without cuDNN's")
     options.add_argument("--profile", action="store_true", help="the heaviest kernels, in the JSON file")
-    return compare(__file__, options, measure, argv)
+    compare(__file__, options, measure, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
