@@ -183,13 +183,14 @@ def check(s):
     """Raise UserError for settings that are out of range or contradict each other."""
     counts = "block_size n_head n_embd ngram vocab_multiple batch_size gradient_accumulation_steps " \
              "max_iters eval_interval log_interval"
-    for names, least, below in ((counts, 1, 2**53), ("seed learning_rate grad_clip eval_iters n_layer warmup_iters min_lr weight_decay", 0, 2**53),
+    least_0 = "seed learning_rate grad_clip eval_iters n_layer warmup_iters min_lr weight_decay"
+    for names, least, below in ((counts, 1, 2**53), (least_0, 0, 2**53),
                                 ("dropout beta1 beta2 momentum", 0, 1), ("cooldown_frac", 0.01, 1.01)):
         for name in names.split():
             if not least <= getattr(s, name, least) < below:
                 raise UserError(f"{name}={getattr(s, name)} must be at least {least} and below {below}")
     if s.n_embd % s.n_head or s.position == "rope" and s.n_embd // s.n_head % 2:
-        raise UserError(f"n_embd={s.n_embd} must be an even multiple of n_head={s.n_head}: try --n_embd={32 * s.n_head}")
+        raise UserError(f"n_embd={s.n_embd} must be an even multiple of n_head={s.n_head}, as --n_embd={32 * s.n_head}")
 
 
 # Model --------------------
@@ -538,7 +539,6 @@ class TokenDataset:
     """Token ids of one split, "train" or "val": a memory-mapped file, or shards read as one."""
 
     def __init__(self, folder, split, meta):
-        self.split = split
         self.vocab_size, self.dtype, self.files = meta["vocab_size"], np.dtype(meta["dtype"]), []
         whole = dict(name=f"{split}.bin", offset=0, tokens=meta["tokens"][split])
         shards = meta["files"][split] if "files" in meta else [whole]
@@ -632,8 +632,8 @@ def get_lr(step, s):
 
 @torch.no_grad()
 def evaluate(model, dataset, s, world, windows=0):
-    """Mean cross-entropy in nats of a split: all of it, its first eval_iters batches or evenly spaced `windows`."""
-    T, context = s.block_size, max(0, s.ngram - 2)
+    """Mean cross-entropy in nats of a split: all, its first eval_iters batches or `windows` of the training split."""
+    T, context, options = s.block_size, max(0, s.ngram - 2), dict(leave_one_out=True) if windows else {}
     available = -(-(dataset.size - 1) // T)  # the last may be short
     stride = max(1, available // windows) if windows else 1
     windows = min(available, windows or s.eval_iters * s.batch_size or available)
@@ -647,7 +647,7 @@ def evaluate(model, dataset, s, world, windows=0):
         x, y = tokens[:, :-1], tokens[:, 1 + context:].clone()
         past_end = rows[:, None] * stride * T + np.arange(1, T + 1) >= dataset.size
         y[torch.from_numpy(past_end | (rows >= local.stop)[:, None])] = -1
-        losses[i] = model(x.to(world.device), y.to(world.device), leave_one_out=dataset.split == "train")[1]  # no .item(): it would wait
+        losses[i] = model(x.to(world.device), y.to(world.device), **options)[1]  # no .item(): it would wait
         counts[i] = (y >= 0).sum()
     model.train()
     total, count = world.all_reduce(torch.stack([losses.cpu().double() @ counts, counts.sum()])).tolist()

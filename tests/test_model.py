@@ -11,7 +11,6 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
-import sample
 import train
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -124,7 +123,7 @@ def test_default_model_equals_a_reference():
 
 
 def kneser_ney(text, n, context, vocab_size, without=None):
-    """Probabilities (n - 1, V) after `context`, by the n-grams of a text (list) but the one before position `without`."""
+    """Probabilities (n - 1, V) after `context`, by the n-grams of a text but the one that ends after `without`."""
     padded = [-1] * (n - 2) + text
     found = [tuple(padded[i:i + n]) for i in range(len(text) - 1) if i != without]
     levels = [Counter(found)]  # of n-grams, then the number of different tokens before each shorter one

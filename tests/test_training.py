@@ -8,7 +8,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import call_at, same
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 

@@ -63,7 +63,7 @@ def passing(curve, target, interpolate=False):
 def evaluated(folder, checkout, data, vocab):
     """{updates: loss over the whole validation split} of the copies in a folder."""
     import train
-    s = train.Settings(dataset=str(data), vocab_size=vocab, batch_size=64)
+    s = train.Settings(dataset=str(data), vocab_size=vocab, batch_size=64, ngram=1)
     data, meta = train.read_meta(s.dataset)
     split, model, found = train.TokenDataset(data, "val", meta), None, {}
     for path in sorted(folder.glob("*.pt"), key=lambda path: int(path.stem)):

@@ -135,7 +135,7 @@ def log_of(folder):
 
 
 def run_train(argv, folder, out, target=None, processes=0, script=(ROOT / "train.py",), launch=launch):
-    """Run train.py, with torchrun or not, until a loss below the target. Returns its log, `seconds` since launch added."""
+    """Run train.py, also with torchrun, until a loss below the target. Returns its log with `seconds` since launch."""
     def reached():
         return any(record["val_loss"] and record["val_loss"] < target for record in log_of(out)[-1:])
 
