@@ -1177,8 +1177,8 @@ def run(argv):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     for package, wanted in dict(tensorboard=s.tensorboard, wandb=s.wandb_log).items():
-        if wanted and not importlib.util.find_spec(package):
-            raise ModuleNotFoundError(name=package)
+        if wanted:
+            importlib.import_module(package)  # or ModuleNotFoundError, before an earlier run is moved
     device = get_device(s.device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     writes = os.environ.get("RANK", "0") == "0" and not s.eval_only
     with open_out_dir(s, new_run="optimizers" not in checkpoint) if writes else nullcontext():

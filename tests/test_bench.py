@@ -121,19 +121,6 @@ def test_a_child_is_ended_when_it_fails_hangs_or_has_done_enough(bench, tmp_path
     assert launch([*wait[:1], "import time; print(1); time.sleep(100)"], tmp_path, lambda: True, statuses=(-15,)).lines
 
 
-def test_copies_of_another_trainers_weights_are_evaluated_over_the_whole_split(bench, nanogpt, project):
-    import numpy as np
-    import torch
-    char_cpu, copies = bench("char_cpu"), project.path / "copies"
-    copies.mkdir()
-    bench("common").launch(["-c", char_cpu.COPYING, copies, 2, "train.py"], nanogpt)
-    losses = char_cpu.evaluated(copies, nanogpt, project.path / "data" / "tiny", len(set(project.text)))
-    assert list(losses) == [2, 4]
-    table = torch.load(copies / "4.pt", weights_only=True)["model"]["table.weight"].double()
-    ids = torch.from_numpy(np.fromfile(project.path / "data" / "tiny" / "val.bin", np.uint8).astype(np.int64))
-    assert losses[4] == pytest.approx(torch.nn.functional.cross_entropy(table[ids[:-1]], ids[1:]).item(), abs=1e-6)
-
-
 def test_a_step_is_measured_beside_nanogpt(measure, nanogpt):
     found = measure("step", "--size=tiny", "--n=1", "--device=cpu", f"--nanogpt={nanogpt}", "--accumulate=2",
                     "--optimizer=adamw", "--profile")

@@ -1,6 +1,5 @@
-"""Damaged checkpoints and meta.json: read as before the damage or refused with a UserError."""
+"""Damaged checkpoints: read as before the damage or refused with a UserError."""
 import io
-import json
 
 import pytest
 import torch
@@ -51,19 +50,3 @@ def test_a_damaged_checkpoint_is_equal_or_refused(tmp_path, valid, edits):
         assert same(train.load_checkpoint(path), torch.load(io.BytesIO(valid), weights_only=True))
     except train.UserError as error:
         assert data != valid and "ckpt.pt" in str(error) and "\n" not in str(error)
-
-
-META = dict(corpus="c", tokenizer=dict(kind="byte"), vocab_size=256, dtype="uint8", tokens=dict(train=90, val=10),
-            bytes=dict(train=90, val=10))
-
-
-@settings(max_examples=200)
-@given(EDITS)
-def test_a_damaged_meta_json_is_read_or_refused(tmp_path, edits):
-    (tmp_path / "meta.json").write_bytes(json.dumps(META).encode())
-    assert train.read_meta(f"{tmp_path}/")[1] == META
-    (tmp_path / "meta.json").write_bytes(damaged(json.dumps(META).encode(), edits))
-    try:
-        train.read_meta(f"{tmp_path}/")
-    except train.UserError as error:
-        assert "meta.json" in str(error) and "damaged" in str(error) and "\n" not in str(error)
