@@ -102,7 +102,7 @@ class CharTokenizer(Tokenizer):
         ids = self.table.take(np.frombuffer(text.encode("utf-32-le"), "<u4"), mode="clip")  # clip: no bounds check
         if ids.min(initial=0) < 0:
             char = text[ids.argmin()]
-            raise UserError(f"unknown character {char!r} (U+{ord(char):04X}); --tokenizer=byte has none")
+            raise UserError(f"unknown character {char!r} (U+{ord(char):04X}): prepare the data with --tokenizer=byte")
         return ids
 
     def decode_bytes(self, ids):
@@ -330,13 +330,13 @@ def read_corpus(documents, tokenizer, report_skipped=True):
                 if not isinstance(tokenizer, ByteTokenizer):
                     size = codecs.utf_8_decode(chunk, "strict", False)[1]  # without an incomplete character
                     if b"\0" in chunk:
-                        raise ValueError("it holds NUL bytes")
+                        raise ValueError("contains NUL bytes")
                 yield chunk[:size] if started else separator + chunk[:size]
                 started, rest = True, chunk[size:]
             rest.decode()  # fails if the last character is incomplete
         except Exception as error:  # zipfile, gzip and expat raise many types
             if started or len(documents) == 1:
-                raise UserError(f"cannot read {name}: {error}; --tokenizer=byte reads any file") from None
+                raise UserError(f"cannot read {name}: {error}; use prepare.py --tokenizer=byte") from None
             if report_skipped:
                 print(f"prepare.py: skipped {name}: {error}", file=sys.stderr)
         if started:
@@ -389,11 +389,11 @@ def write_bins(folder, chunks, tokenizer, n_train):
 def target_folder(name, allowed):
     """data/NAME. Raises UserError if NAME is not a plain name, or if it holds files that do not match allowed."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name in ("downloads", "hub"):
-        raise UserError(f"--name={name} cannot name a data folder")
+        raise UserError(f"invalid --name={name}: use letters, digits, _, . and -")
     target = DATA / name
     for file in os.listdir(target) if target.exists() else ():
         if not re.fullmatch(allowed, file):
-            raise UserError(f"{target / file} would be lost; choose another --name")
+            raise UserError(f"{target / file} is not from prepare.py and would be deleted: choose another --name")
     return target
 
 
@@ -470,8 +470,9 @@ def main(argv=None):
     parser.add_argument("sources", nargs="*", help="corpora, URLs, files, folders; text, .gz, .zip, .xml")
     parser.add_argument("--tokenizer", default="char", help="char (default), byte, gpt2, cl100k_base, ...")
     parser.add_argument("--name", help="folder in data/ (default: the tokenizer)")
-    parser.add_argument("--val_fraction", type=Fraction, default="0.1", help="default: 0.1")
-    parser.add_argument("--shards", type=int, default=1, choices=range(1, 104), metavar="N", help="of fineweb")
+    parser.add_argument("--val_fraction", type=Fraction, default="0.1", help="for validation (default: 0.1)")
+    parser.add_argument("--shards", type=int, default=1, choices=range(1, 104), metavar="N",
+                        help="of fineweb (1 to 103)")
     args = parser.parse_args(argv)
     try:
         if args.sources == ["fineweb"]:

@@ -3,7 +3,7 @@
     python sample.py --start="ROMEO:"                        # continue a prompt
     python sample.py --start=FILE:prompts.txt --per_line     # each line of the file is a prompt; - is standard input
     python sample.py --num_samples=10 --temperature=0.9      # ten samples in one batch
-    python sample.py --init_from=gpt2 --start="The sea"      # pretrained GPT-2, or a path to its files
+    python sample.py --init_from=gpt2 --start="The sea"      # pretrained GPT-2, or a local path
     python sample.py --score=book.txt                        # loss and bits per byte of a text
     python sample.py --follow                                # a short sample of each new checkpoint of a run
     python sample.py --plot=out-a,out-b                      # losses of runs, as compare.png
@@ -42,7 +42,7 @@ class Settings:
     """All settings of sample.py, overridden by config files and flags as in train.py."""
     out_dir: str = "out"  # output directory of train.py
     ckpt: str = ""  # path of a checkpoint, instead of the one in out_dir
-    init_from: str = "resume"  # the checkpoint; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 or a path
+    init_from: str = "resume"  # out_dir's checkpoint; or gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a path
     dataset: str = ""  # data folder with the meta.pkl of a checkpoint from nanoGPT, if it is not found
     start: str = ""  # prompt; FILE:path reads it from a file, - from standard input
     per_line: bool = False  # each line of start is a prompt
@@ -53,7 +53,7 @@ class Settings:
     temperature: float = 0.8  # 0 takes the most likely token
     top_k: int = 200  # sample from the k most likely tokens; 0 is off
     top_p: float = 1.0  # sample from the most likely tokens with this total probability; 1 is off
-    min_p: float = 0.0  # sample from tokens with at least this fraction of the highest probability
+    min_p: float = 0.0  # minimum probability relative to the most likely token
     seed: int = 1337  # random seed
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto is bfloat16 where the hardware supports it
@@ -69,7 +69,9 @@ def check(s):
     commands = [name for name in ("export", "score", "plot", "show", "follow", "interactive") if getattr(s, name)]
     if len(commands) > 1:
         raise UserError(f"--{' and --'.join(commands)} cannot be combined")
-    for name, least, most in (("num_samples", 1, 10**6), ("top_p", 0.001, 1), ("min_p", 0, 1)):
+    for name, least, most in (
+            ("num_samples", 1, 10**6), ("max_new_tokens", 0, 10**9), ("temperature", 0, 10**6), ("top_k", 0, 10**9),
+            ("top_p", 0.001, 1), ("min_p", 0, 1), ("seed", 0, 2**63 - 1)):
         if not least <= getattr(s, name) <= most:
             raise UserError(f"{name}={getattr(s, name)} must be at least {least} and at most {most}")
 
@@ -82,8 +84,8 @@ def find_tokenizer(s, checkpoint, path):
             meta = train.read_meta(folder)[1]
             if meta["vocab_size"] == vocab_size:
                 return meta["tokenizer"]
-    raise UserError(f"the {vocab_size} characters of {path} are not in {s.dataset or f'data/{name}'}: set --dataset to "
-                    "the folder of nanoGPT's meta.pkl")
+    raise UserError(f"no meta.pkl with {vocab_size} characters for {path} in {s.dataset or f'data/{name}'}: set "
+                    "--dataset to its folder")
 
 
 def load(s):
@@ -306,6 +308,8 @@ def follow(s):
             continue
         modified = path.stat().st_mtime_ns
         model, tokenizer, checkpoint = load(s)
+        if "progress" not in checkpoint:
+            raise UserError(f"follow: {path} is not from train.py")
         step, last = checkpoint["progress"]["step"], checkpoint["config"]["max_iters"]
         generator = torch.Generator(model.wte.weight.device).manual_seed(s.seed)
         ids = encode_prompt(tokenizer, start, model.config.block_size)
@@ -567,7 +571,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
-        message = f"this needs the package {error.name}: pip install {error.name}"
+        message = f"{error.name} is not installed: pip install {error.name}"
     except (UserError, OSError) as error:
         message = error
     print(f"sample.py: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""nanoGPT's defaults, so that `python train.py config/nanogpt.py THEIR_CONFIG.py` means what it means there.
+"""nanoGPT's defaults: `python train.py config/nanogpt.py THEIR_CONFIG.py` reproduces nanoGPT's settings.
 
 A GPT-2 of 124M parameters on data/openwebtext. device, dtype and compile stay "auto".
 """

@@ -1,4 +1,4 @@
-"""A GPT of 124M parameters on FineWeb, to about the loss of GPT-2 (124M) on its validation shard, 3.28.
+"""A GPT of 124M parameters on FineWeb, target: the validation loss of GPT-2 (124M), 3.28.
 
     python prepare.py fineweb --shards=25                         # 2.5 billion tokens, 5.2 GB
     torchrun --nproc_per_node=8 train.py config/train_gpt2.py     # or: python train.py config/train_gpt2.py

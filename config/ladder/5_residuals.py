@@ -1,4 +1,4 @@
-"""Step 5: residual connections and LayerNorm, which make three blocks trainable."""
+"""Step 5: residual connections and LayerNorm, for three blocks."""
 n_layer = 3  # was 1
 n_head = 4
 mlp = True
