@@ -2,7 +2,7 @@
 
     python prepare.py                                   # download tiny Shakespeare into data/char/
     python train.py                                     # the defaults on the available hardware
-    python train.py config/train_char_cpu.py            # two CPU cores, 100 seconds
+    python train.py config/train_char_cpu.py            # two CPU cores, two minutes
     python train.py config/train_char.py --device=cuda  # 10.8M parameters, one GPU
     torchrun --nproc_per_node=4 train.py                # DDP: the same loss curve in less time
     python train.py --init_from=resume                  # resume from out/ckpt.pt
