@@ -125,13 +125,11 @@ class BPETokenizer(Tokenizer):
     separator = EOT.encode()
 
     def __init__(self, name):
+        import tiktoken
         try:
-            import tiktoken
             self.encoding = tiktoken.get_encoding(name)
-        except ImportError:
-            raise UserError(f"the {name} tokenizer needs tiktoken: pip install tiktoken") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot load tokenizer {name!r}, try char, byte or gpt2: {error}") from None
+            raise UserError(f"cannot load tokenizer {name!r}, try char, byte, gpt2: {str(error)[:80]}") from None
         self.spec = {"kind": "tiktoken", "encoding": name}
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
 
@@ -202,10 +200,7 @@ def download(url, path, sha256=None, tries=4):
     """Download url to path unless it exists, resuming an earlier attempt."""
     if path.exists():
         return
-    try:
-        import requests
-    except ImportError:
-        raise UserError("downloads need requests: pip install requests") from None
+    import requests
     path.parent.mkdir(parents=True, exist_ok=True)
     part, etag_file = Path(f"{path}.part"), Path(f"{path}.etag")
     url = url.replace(HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"))
@@ -227,10 +222,11 @@ def download(url, path, sha256=None, tries=4):
                         file.write(chunk)
             break
         except requests.RequestException as error:
-            gone = getattr(error.response, "status_code", 0) in (401, 403, 404)
-            if gone or attempt == tries or isinstance(error, ValueError):  # ValueError: not a valid URL
-                raise UserError(f"cannot download {url}: {error}") from None
-            print(f"{error}; retrying", flush=True)
+            status = getattr(error.response, "status_code", None)
+            reason = f"status {status}" if status else type(error).__name__
+            if status in (401, 403, 404) or attempt == tries or isinstance(error, ValueError):  # not a valid URL
+                raise UserError(f"cannot download {url} ({reason})") from None
+            print(f"{reason}; retrying", flush=True)
             time.sleep(RETRY_SECONDS)
     # The Hugging Face hub states the SHA-256 where it redirects to its storage.
     for redirect in response.history:
@@ -246,8 +242,8 @@ def download(url, path, sha256=None, tries=4):
 def download_gpt2(name):
     """The folder data/hub/NAME of a pretrained GPT-2, downloaded unless it exists."""
     if name not in GPT2_MODELS:
-        names = ("scratch", "resume", "auto", *GPT2_MODELS)
-        raise UserError(f"init_from={name} is not a path or one of {', '.join(names)}{did_you_mean(name, names)}")
+        near = did_you_mean(name, ("scratch", "resume", "auto", *GPT2_MODELS))
+        raise UserError(f"init_from={name} is not resume, a path or one of {', '.join(GPT2_MODELS)}{near}")
     repo = "distilbert/distilgpt2" if name == "distilgpt2" else f"openai-community/{name}"
     for file in ("config.json", "model.safetensors"):
         download(f"{HUB}/{repo}/resolve/main/{file}", DATA / "hub" / name / file)
@@ -256,6 +252,8 @@ def download_gpt2(name):
 
 def documents_in(source, tries=4):
     """The documents of a corpus, URL, file, zip archive or folder: (name, function that yields the bytes)."""
+    if source == "fineweb":
+        raise UserError("fineweb cannot be combined with other sources")
     if source == "pydocs":
         from pydoc_data.topics import topics
         return [(key, partial(iter, [topics[key].encode()])) for key in sorted(topics)]
@@ -413,7 +411,7 @@ def prepare(sources, kind, name, val_fraction):
     characters, size, sha256, alphabet = scan(read_corpus(documents, tokenizer), kind == "char")
     n_train = int(characters * (1 - val_fraction))
     if not 0 < n_train < characters:
-        raise UserError(f"{characters:,} characters are too few for --val_fraction={val_fraction}")
+        raise UserError(f"--val_fraction={val_fraction} of {characters:,} characters leaves an empty split")
     if kind == "char":
         tokenizer = CharTokenizer(alphabet)
     names = [re.sub("//[^/]*@", "//", s) if "://" in s else Path(s).resolve().name for s in sources]
@@ -440,7 +438,9 @@ def prepare(sources, kind, name, val_fraction):
 
 def prepare_fineweb(name, n_shards):
     """Download the shards that data/NAME lacks, check all of them, and write meta.json."""
-    target = target_folder(name, r"fineweb_\w+\.bin.*|meta\.json")
+    if not 0 < n_shards < 104:
+        raise UserError(f"--shards={n_shards}: expected 1 to 103")
+    target = target_folder(name, r"fineweb_\w+\.bin.*|meta\.json.*")
     url, tokenizer = CORPORA["fineweb"][0], BPETokenizer("gpt2")
     lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
     shards = []
@@ -459,7 +459,8 @@ def prepare_fineweb(name, n_shards):
     sums = {key: {split: sum(shard[key] for shard in files[split]) for split in files} for key in ("tokens", "bytes")}
     meta = {"format": 1, "corpus": "fineweb", "source": [url], "tokenizer": tokenizer.spec,
             "vocab_size": tokenizer.vocab_size, "dtype": "uint16", **sums, "files": files}
-    (target / "meta.json").write_text(json.dumps(meta, indent=2))
+    (target / "meta.json.tmp").write_text(json.dumps(meta, indent=2))
+    os.replace(target / "meta.json.tmp", target / "meta.json")
     print(f"{target}: {sums['tokens']['train']:,} training tokens")
 
 
@@ -470,9 +471,8 @@ def main(argv=None):
     parser.add_argument("sources", nargs="*", help="corpora, URLs, files, folders; text, .gz, .zip, .xml")
     parser.add_argument("--tokenizer", default="char", help="char (default), byte, gpt2, cl100k_base, ...")
     parser.add_argument("--name", help="folder in data/ (default: the tokenizer)")
-    parser.add_argument("--val_fraction", type=Fraction, default="0.1", help="for validation (default: 0.1)")
-    parser.add_argument("--shards", type=int, default=1, choices=range(1, 104), metavar="N",
-                        help="of fineweb (1 to 103)")
+    parser.add_argument("--val_fraction", type=Fraction, default="0.1", help="default: 0.1")
+    parser.add_argument("--shards", type=int, default=1, help="of fineweb")
     args = parser.parse_args(argv)
     try:
         if args.sources == ["fineweb"]:
@@ -480,8 +480,9 @@ def main(argv=None):
         else:
             prepare(args.sources, args.tokenizer, args.name or args.tokenizer, args.val_fraction)
         return 0
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        print(f"prepare.py: {' '.join(str(error).split()) or 'interrupted'}", file=sys.stderr)
+    except (UserError, OSError, ModuleNotFoundError, KeyboardInterrupt) as error:
+        advice = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        print(f"prepare.py: {' '.join(str(error).split()) or 'interrupted'}{advice}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
 
 

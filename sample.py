@@ -94,7 +94,10 @@ def load(s):
     path = Path(s.ckpt) if s.ckpt else best if best.exists() else Path(s.out_dir, "ckpt.pt")
     path = path if s.init_from == "resume" else Path(s.init_from)
     is_file = s.init_from == "resume" or path.suffix == ".pt"
-    checkpoint = train.load_checkpoint(path) if is_file else train.load_gpt2(s.init_from)
+    try:
+        checkpoint = train.load_checkpoint(path) if is_file else train.load_gpt2(s.init_from)
+    except UserError as error:
+        raise UserError(f"{error}; or try --ckpt={s.out_dir}/ckpt.pt" if path == best else error) from None
     if s.dataset or checkpoint["tokenizer"] is None:
         checkpoint["tokenizer"] = find_tokenizer(s, checkpoint, path)
     model, tokenizer = train.model_from_checkpoint(checkpoint, path), tokenizer_from_spec(checkpoint["tokenizer"])
@@ -286,8 +289,10 @@ def write_text(s):
         prompts = (line.rstrip("\n") for line in sys.stdin)
     model, tokenizer, _ = load(s)
     generator = torch.Generator(model.wte.weight.device).manual_seed(s.seed)
-    if s.num_samples * sum(p.numel() for p in model.h.parameters()) < 16e6:
-        torch.set_num_threads(1)  # a second thread does not pay off for such small matrix products
+    if model.wte.weight.device.type == "cpu" and s.dtype == "auto" and s.num_samples < 16:
+        model.float().compute_dtype = torch.float32  # bfloat16 saves no time for one token
+    if s.num_samples * sum(p.numel() for p in model.h.parameters()) < 4e6:
+        torch.set_num_threads(1)  # a second thread saves no time for such small matrix products
     separates = s.num_samples > 1 or s.per_line or s.interactive and not sys.stdin.isatty()
     for prompt in prompts:
         try:
@@ -370,7 +375,8 @@ class AttentionWeights(TorchFunctionMode):
 
 def token_labels(tokenizer, ids):
     """Printable text of each token."""
-    return [repr(tokenizer.decode([i]))[1:-1].replace(" ", "\u2423").replace("$", r"\$") for i in ids]
+    texts = [tokenizer.decode_bytes([i]).decode(errors="backslashreplace") for i in ids]
+    return [repr(text)[1:-1].replace(r"\\x", r"\x").replace(" ", "\u2423").replace("$", r"\$") for text in texts]
 
 
 def plot_attention(maps, labels):
@@ -425,6 +431,14 @@ def show(s):
     target.parent.mkdir(parents=True, exist_ok=True)
     train.atomic_write(target, lambda file: figure.savefig(file, format="png", dpi=120))
     print(target)
+
+
+def plot(s):
+    """Plot the losses of the runs in the output directories s.plot. Raises UserError."""
+    for folder in s.plot.split(","):
+        if not Path(folder, "log.jsonl").exists():
+            raise UserError(f"plot={folder} has no log.jsonl: name output directories of train.py")
+    print(train.plot_losses(s.plot.split(",")))
 
 
 # Export -------------------------------------------------------
@@ -558,8 +572,7 @@ def main(argv=None):
     for file in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(file, "reconfigure"):
             file.reconfigure(encoding="utf-8", errors="replace")  # not the default on Windows
-    commands = dict(export=export, score=score, show=show, follow=follow,
-                    plot=lambda s: print(train.plot_losses(s.plot.split(","))))
+    commands = dict(export=export, score=score, show=show, follow=follow, plot=plot)
     try:
         s = Settings(**parse_args(Settings, argv)[0])
         check(s)

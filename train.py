@@ -27,6 +27,7 @@ import zipfile
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
@@ -40,7 +41,7 @@ import torch.utils.checkpoint
 
 from prepare import LiteralUnpickler, UserError, did_you_mean, download_gpt2
 
-# Settings -----------------
+# Settings ----
 
 @dataclass
 class GPTConfig:
@@ -51,9 +52,9 @@ class GPTConfig:
     n_layer: int = 4  # transformer blocks; 0 makes a bigram model
     n_head: int = 4  # attention heads; must divide n_embd
     n_embd: int = 128  # embedding dimension (C)
-    ngram: int = 7  # longest n-gram counted in the training text; 1 is off, as with more than 1024 kinds of token
-    ngram_entries: int = 0  # number of different n-grams, set from the training text
-    dropout: float = 0.0  # dropout probability, on embeddings and residual branches
+    ngram: int = 7  # longest n-gram to count; 1 is off, as with more than 1024 kinds of token
+    ngram_entries: int = 0  # different n-grams, set from the training text
+    dropout: float = 0.0  # on embeddings and residual branches
     bias: bool = False  # biases in the linear layers and LayerNorms
     position: Literal["rope", "learned", "none"] = "rope"  # position embedding
     norm: Literal["rmsnorm", "layernorm", "none"] = "rmsnorm"  # before each branch and lm_head
@@ -73,7 +74,7 @@ class Settings(GPTConfig):
     # files
     dataset: str = "char"  # folder in data/, or a path
     out_dir: str = "out"  # checkpoints and logs
-    init_from: str = "scratch"  # or resume, auto (resume if there is a checkpoint), gpt2, gpt2-medium, ..., a path
+    init_from: str = "scratch"  # or resume, auto (resume if possible), gpt2, gpt2-medium, ..., a path
     # batch and optimizer
     batch_size: int = 12  # sequences in a forward pass
     gradient_accumulation_steps: int = 1  # times batch_size is the global batch, split across ranks
@@ -94,7 +95,7 @@ class Settings(GPTConfig):
     min_lr: float = 0.0  # at the end of the decay
     # evaluation and log
     eval_interval: int = 250  # steps between evaluations and checkpoints
-    save_interval_minutes: float = 10.0  # also save when this time has passed; 0 is off
+    save_interval_minutes: float = 10.0  # between two saves at most; 0 is off
     eval_iters: int = 0  # batches in an evaluation; 0 is the whole split
     eval_only: bool = False  # evaluate once and exit
     log_interval: int = 10  # steps between log lines
@@ -111,14 +112,14 @@ class Settings(GPTConfig):
 
 
 def literal(node):
-    """Evaluate a syntax tree that is a literal or a product of numbers, or raise an error."""
+    """The value of a syntax tree that is a literal or a product of numbers."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         return float(literal(node.left)) * float(literal(node.right))
     return ast.literal_eval(node)
 
 
 def read_config(path):
-    """Parse, not execute, a file of `key = value` lines into a list of (key, value, "file:line")."""
+    """Parse, not execute, `key = value` lines into a list of (key, value, "file:line")."""
     line, found = 1, []
     try:
         for node in ast.parse(Path(path).read_text(encoding="utf-8-sig")).body:
@@ -126,9 +127,7 @@ def read_config(path):
             if ast.dump(node).startswith(("Import", "Expr(value=Constant(")):  # imports and docstrings
                 continue
             [target] = node.targets
-            if target.id in ("wandb_project", "wandb_run_name") and type(node.value) is not ast.Constant:
-                print0(f"note: {path}:{line}: {target.id} is not a literal; it keeps its default", sys.stderr)
-            else:
+            if target.id not in ("wandb_project", "wandb_run_name") or type(node.value) is ast.Constant:  # not computed
                 found.append((target.id, literal(node.value), f"{path}:{line}"))
         return found
     except OSError as error:
@@ -154,7 +153,7 @@ def parse_value(key, kind, value, where):
 
 
 def parse_args(settings, argv):
-    """Values for the dataclass `settings` from config files and flags, and the keys set by flags. Raises UserError."""
+    """Values for a dataclass from config files and flags, and the keys set by flags. Raises UserError."""
     if "--help" in argv or "-h" in argv:
         source = "".join(inspect.getsource(cls) for cls in reversed(settings.__mro__[:-1]))
         print(inspect.getmodule(settings).__doc__, *re.findall(r"^    (\w+: .+ = .+)$", source, re.MULTILINE), sep="\n")
@@ -165,9 +164,9 @@ def parse_args(settings, argv):
         key, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and not equals:
             is_switch = kinds.get(key) is bool or "True" in get_args(kinds.get(key))
+            if not words and not is_switch and key in kinds:
+                raise UserError(f"command line: --{key} needs a value, as --{key}=VALUE")
             value = words.pop(0) if words and (not is_switch or words[0].lower() in ("true", "false")) else "True"
-            if value == "True" and kinds.get(key) is str:
-                raise UserError(f"command line: --{key} needs a value")
         found = [(key, value, "command line")] if word.startswith("--") else read_config(word)
         for key, value, where in found:
             if key in kinds:
@@ -180,7 +179,7 @@ def parse_args(settings, argv):
 
 
 def check(s):
-    """Raise UserError for settings that are out of range or contradict each other."""
+    """Raise UserError for settings out of range."""
     counts = "block_size n_head n_embd ngram vocab_multiple batch_size gradient_accumulation_steps " \
              "max_iters eval_interval log_interval"
     least_0 = "seed learning_rate grad_clip eval_iters n_layer warmup_iters min_lr weight_decay"
@@ -193,7 +192,7 @@ def check(s):
         raise UserError(f"n_embd={s.n_embd} must be an even multiple of n_head={s.n_head}, as --n_embd={32 * s.n_head}")
 
 
-# Model --------------------
+# Model ----
 
 class Linear(nn.Linear):
     """Casts its weight to the input's dtype, at half the cost of autocast in a small model."""
@@ -239,15 +238,15 @@ class Attention(nn.Module):
     def forward(self, x, rotation, cache):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qk, v = qkv[:, :, :2], qkv[:, :, 2]  # q and k as one tensor (B, T, 2, H, D): half the kernels
+        if x.device.type == "cpu":
+            qkv = qkv.float()  # the bfloat16 backward pass is slow on CPUs
+        qk, v = qkv[:, :, :2], qkv[:, :, 2]  # q and k together (B, T, 2, H, D): half the kernels
         if self.qk_norm:
             qk = F.rms_norm(qk, qk.shape[-1:])
         if rotation:
             cos, sin = rotation
             qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
         q, k, v = (t.transpose(1, 2) for t in (qk[:, :, 0], qk[:, :, 1], v))  # (B, H, T, D)
-        if x.device.type == "cpu":
-            q, k, v = q.float(), k.float(), v.float()  # the bfloat16 backward pass is slow on CPUs
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # a single query attends to all of the cache
@@ -312,7 +311,7 @@ class NGrams(nn.Module):
         """Hashes (B * T,) of the last 1, 2, ..., n - 1 tokens at each of the last T positions, as a list."""
         tokens, key, keys = F.pad(tokens, (self.n - 2, 0), value=-1), 0, []
         for end in range(tokens.shape[1], tokens.shape[1] - self.n + 1, -1):
-            key = (key + tokens[:, end - T:end] + 1) * -7046029254386353131  # multiplicative hashing (Knuth, TAOCP 6.4)
+            key = (key + tokens[:, end - T:end] + 1) * -7046029254386353131  # Knuth, TAOCP 6.4
             key = key ^ (key >> 32)
             keys.append((key & -1024).flatten())  # the low bits are for the next token
         return keys
@@ -345,7 +344,7 @@ class NGrams(nn.Module):
                 hit = row[own]
                 count[own] -= removed[hit]
                 total[hit] -= removed[hit]
-                removed[hit] *= count[own] == 0  # only then, there is one token less before the shorter n-gram
+                removed[hit] *= count[own] == 0  # then one token less precedes the shorter n-gram
                 distinct[hit] -= removed[hit]
             total = total.clamp(min=1)
             backoff = torch.where(distinct > 0, 0.75 * distinct / total, 1.0)[:, None]
@@ -382,11 +381,9 @@ class GPT(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 std = 0.02
-                if name.endswith("c_proj"):  # GPT-2: the variance does not grow with depth
+                if name.endswith("c_proj"):  # GPT-2: variance does not grow with depth
                     std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
-                elif name == "lm_head" and self.config.zero_init:
-                    std = 0.0
-                elif name == "ngrams.gate":
+                elif name == "ngrams.gate" or name == "lm_head" and self.config.zero_init:
                     std = 0.0
                 nn.init.normal_(module.weight, std=std)
                 if getattr(module, "bias", None) is not None:
@@ -424,18 +421,18 @@ class GPT(nn.Module):
             logits = logits + (self.ngrams.gate(x)[..., None] * p[:, -x.shape[1]:].log()).sum(2)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         if targets is not None and torch.compiler.is_compiling():
-            logits = None  # as an output of the graph, it would be kept in float32 and have a gradient of zeros
+            logits = None  # else the graph keeps them in float32, with a gradient of zeros
         return logits, loss
 
 
-# Optimizer ----------------
+# Optimizer ----
 
-def newton_schulz(G, dtype, steps=5):
+def newton_schulz(G, dtype):
     """Move the singular values of matrices G (N, rows, columns), rows <= columns, to about 0.7 to 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
     X = G.to(dtype)
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return X
@@ -463,8 +460,8 @@ def orthogonalize(updates, dtype):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): Nesterov momentum, orthogonalized, scaled to the RMS of an AdamW update.
 
-    The scale 0.2 * sqrt(max(rows, columns)) is from Liu et al. 2025, arXiv 2502.16982. torch.optim.Muon does not split
-    queries, keys and values, and is slow on CPUs: one matrix at a time, in bfloat16.
+    The scale 0.2 * sqrt(max(rows, columns)) is from Liu et al. 2025, arXiv 2502.16982. torch.optim.Muon is slow on
+    CPUs and does not split queries, keys and values.
     """
 
     def __init__(self, params, lr=1e-2, momentum=0.95, weight_decay=0.1, dtype=torch.float32):
@@ -503,10 +500,10 @@ def configure_optimizers(model, s):
     return optimizers
 
 
-# Data ---------------------
+# Data ----
 
 def read_nanogpt_meta(folder):
-    """The contents of meta.json for nanoGPT's uint16 bins, of GPT-2's tokens or of the characters in meta.pkl."""
+    """The contents of meta.json for nanoGPT's uint16 bins: GPT-2's tokens, or the characters in meta.pkl."""
     tokenizer, vocab_size = dict(kind="tiktoken", encoding="gpt2"), 50257
     if (folder / "meta.pkl").exists():
         with open(folder / "meta.pkl", "rb") as file:
@@ -531,7 +528,7 @@ def read_meta(dataset):
         near = did_you_mean(folder.name, [path.parent.name for path in folder.parent.glob("*/meta.json")])
         hint = dict(char="", gpt2=" --tokenizer=gpt2", fineweb=" fineweb").get(dataset, f" TEXT --name={folder.name}")
         raise UserError(f"no dataset in {folder}{near}; to create it: python prepare.py{hint}") from None
-    except Exception:  # a damaged pickle raises many types
+    except Exception:  # a bad pickle raises many
         raise UserError(f"meta.json or meta.pkl in {folder} is damaged: run prepare.py again") from None
 
 
@@ -564,40 +561,26 @@ class TokenDataset:
         return torch.from_numpy(tokens)
 
 
-def splitmix(x):
-    """Hash of x (uint64 array): the output function of splitmix64 (Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permute(i, n, key):
-    """The indices i (array) in a random permutation of range(n) given by the integer key: a Feistel network."""
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
-    keys = splitmix(np.arange(1, 7, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + splitmix(np.uint64([key])))
-
-    def scramble(x):
-        left, right = x >> half, x & low
-        for k in keys:
-            left, right = right, left ^ (splitmix(right + k) & low)
-        return left << half | right
-
-    x = scramble(np.asarray(i, dtype=np.uint64))
-    while (outside := x >= n).any():  # of the next power of four (Black and Rogaway 2002)
-        x[outside] = scramble(x[outside])
-    return x.astype(np.int64)
+@lru_cache(maxsize=2)
+def permutation(seed, number, n):
+    """A random permutation of range(n), at most 8 MB."""
+    return np.random.default_rng([seed, number]).permutation(n)
 
 
 def window_starts(seed, first, count, n_tokens, block_size):
-    """Start positions (count,) of the training sequences from number `first`; an epoch takes each window once."""
-    windows = max(1, n_tokens // block_size - 1)  # one less than fit: they begin at a random offset
-    epoch, place = np.divmod(np.arange(first, first + count), windows)
+    """Start positions (count,) of the training sequences from number `first`. An epoch takes each window once.
+
+    A long text is shuffled in parts of at most 2**20 windows, each spread over the whole text.
+    """
+    windows = max(1, n_tokens // block_size - 1)  # one fewer than fit: they begin at a random offset
+    parts = -(-windows // 2**20)
+    number, place = np.divmod(np.arange(first, first + count), windows // parts)
     starts = np.empty(count, dtype=np.int64)
-    for e in np.unique(epoch):
-        key = splitmix(np.uint64([seed])).item() ^ int(e)
-        offset = splitmix(np.uint64([key])).item() % (n_tokens - windows * block_size)
-        starts[epoch == e] = offset + block_size * permute(place[epoch == e], windows, key)
+    for n in np.unique(number):
+        epoch, part = divmod(n, parts)
+        offset = np.random.default_rng([seed, epoch]).integers(n_tokens - windows * block_size)
+        window = part + parts * permutation(seed, n, windows // parts)[place[number == n]]
+        starts[number == n] = offset + block_size * window
     return starts
 
 
@@ -615,7 +598,7 @@ def get_batch(dataset, s, first, count, device):
 # Schedule and evaluation ----
 
 def get_lr(step, s):
-    """Learning rate of step number `step`, from 0: warmup, then constant and linear decay, or cosine decay."""
+    """Learning rate of step `step`, from 0: warmup, then constant and linear decay, or cosine decay."""
     end = s.lr_decay_iters or s.max_iters
     if not s.decay_lr:
         return s.learning_rate
@@ -632,7 +615,7 @@ def get_lr(step, s):
 
 @torch.no_grad()
 def evaluate(model, dataset, s, world, windows=0):
-    """Mean cross-entropy in nats of a split: all, its first eval_iters batches or `windows` of the training split."""
+    """Mean loss of a split: all, its first eval_iters batches or `windows` of the training split."""
     T, context, options = s.block_size, max(0, s.ngram - 2), dict(leave_one_out=True) if windows else {}
     available = -(-(dataset.size - 1) // T)  # the last may be short
     stride = max(1, available // windows) if windows else 1
@@ -647,7 +630,7 @@ def evaluate(model, dataset, s, world, windows=0):
         x, y = tokens[:, :-1], tokens[:, 1 + context:].clone()
         past_end = rows[:, None] * stride * T + np.arange(1, T + 1) >= dataset.size
         y[torch.from_numpy(past_end | (rows >= local.stop)[:, None])] = -1
-        losses[i] = model(x.to(world.device), y.to(world.device), **options)[1]  # no .item(): it would wait
+        losses[i] = model(x.to(world.device), y.to(world.device), **options)[1]  # no .item(), which waits
         counts[i] = (y >= 0).sum()
     model.train()
     total, count = world.all_reduce(torch.stack([losses.cpu().double() @ counts, counts.sum()])).tolist()
@@ -682,7 +665,7 @@ def print0(text, file=None):
 
 
 def get_device(name, local_rank=0, local_size=1):
-    """The torch.device of the setting `device`. Raises UserError."""
+    """The torch.device for the setting `device`. Raises UserError."""
     gpus = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if gpus else "mps" if torch.backends.mps.is_available() and local_size == 1 else "cpu"
@@ -716,7 +699,7 @@ def init_distributed(device):
 
 
 def get_compute_dtype(s, device):
-    """The torch dtype of the matrix products; "auto" is bfloat16 where the hardware supports it."""
+    """The torch dtype of matrix products."""
     if s.dtype != "auto":
         return getattr(torch, s.dtype)
     if device.type == "cuda":
@@ -725,19 +708,10 @@ def get_compute_dtype(s, device):
     return torch.bfloat16 if native else torch.float32
 
 
-def peak_memory(device):
-    """Peak memory of this process in bytes: allocated on a GPU, else resident. None on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(ImportError):
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 # Checkpoints and pretrained weights ----
 
 def atomic_write(path, write):
-    """Call write(file) on a temporary file and rename it: path is always complete."""
+    """Write a temporary file by write(file) and rename it: path is always complete."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -782,7 +756,7 @@ def load_checkpoint(path):
         version = checkpoint.get("format")
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: run `python train.py` first, or set --out_dir") from None
-    except Exception as error:  # zipfile and torch raise many types
+    except Exception as error:
         raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from None
     if version != 3:
         raise UserError(f"{path} has checkpoint format {version}, expected 3: train again")
@@ -797,7 +771,7 @@ def model_from_checkpoint(checkpoint, path="checkpoint"):
             model = GPT(config)
         model.load_state_dict(checkpoint["model"], assign=True)
     except Exception as error:
-        raise UserError(f"{path}: weights and settings do not match: {' '.join(str(error).split())[:150]}") from None
+        raise UserError(f"{path}: weights and settings do not match: {str(error)[:150]}") from None
     if config.tie_weights:
         model.lm_head.weight = model.wte.weight
     return model.float().eval()
@@ -807,7 +781,7 @@ GPT2 = dict(position="learned", norm="layernorm", norm_affine=True, qk_norm=Fals
 
 
 def convert_nanogpt(theirs):
-    """A checkpoint of nanoGPT without optimizer state; the tokenizer is None if its characters are in a meta.pkl."""
+    """A checkpoint of nanoGPT without optimizer state; the tokenizer is None if it is in a meta.pkl."""
     args, is_gpt2 = theirs["model_args"], theirs["model_args"]["vocab_size"] in (50257, 50304)  # 50304 rows are padded
     config = {key: args[key] for key in ("n_layer", "n_head", "n_embd", "block_size")} | GPT2 | dict(
         vocab_size=50257 if is_gpt2 else args["vocab_size"], vocab_multiple=64 if args["vocab_size"] == 50304 else 1,
@@ -820,7 +794,7 @@ def convert_nanogpt(theirs):
 
 
 def load_gpt2(name):
-    """GPT-2 as a checkpoint without optimizer state, from the hub or local files in Hugging Face's layout."""
+    """GPT-2 as a checkpoint, from the hub or local files in Hugging Face's layout."""
     path = Path(name) if os.path.exists(name) else Path("data/hub", name, "model.safetensors")
     while os.environ.get("LOCAL_RANK", "0") != "0" and not path.exists():
         time.sleep(0.2)  # local rank 0 downloads it; torchrun ends this if it fails
@@ -843,7 +817,7 @@ def load_gpt2(name):
                 weights[key.removeprefix("transformer.")] = (tensor.T if transposed else tensor).float().contiguous()
         if config["tie_weights"]:
             weights["lm_head.weight"] = weights["wte.weight"]
-    except Exception as error:  # the libraries raise many types
+    except Exception as error:  # many types
         raise UserError(f"init_from={name}: {path} is not GPT-2 in Hugging Face's layout ({error!r:.100})") from None
     tokenizer = theirs.get("tokenizer_spec", dict(kind="tiktoken", encoding="gpt2"))  # of sample.py --export
     return dict(config=config, tokenizer=tokenizer, model=weights)
@@ -852,7 +826,7 @@ def load_gpt2(name):
 # Output directory and log ----
 
 def open_out_dir(s, new_run):
-    """Create and lock out_dir, move an earlier run to previous-N, write config.py. Returns the open lock file."""
+    """Create and lock out_dir, move an earlier run to previous-N, write config.py. Returns the lock file."""
     out = Path(s.out_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -880,7 +854,7 @@ def open_out_dir(s, new_run):
 
 
 def read_log(folder):
-    """The records of a folder's log.jsonl, but for lines that a full disk cut."""
+    """The records of a log.jsonl, without lines cut by a full disk."""
     for line in Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines():
         with suppress(ValueError):
             yield json.loads(line)
@@ -890,8 +864,8 @@ class Log:
     """Prints the table and writes log.jsonl and the trackers."""
 
     def __init__(self, s, progress):
-        self.max_iters, self.first_step, self.elapsed_before = s.max_iters, progress.step, progress.elapsed
-        self.path, self.trackers, self.start = Path(s.out_dir, "log.jsonl"), [], time.monotonic() - progress.elapsed
+        self.max_iters, self.start = s.max_iters, time.monotonic() - progress.elapsed
+        self.path, self.trackers = Path(s.out_dir, "log.jsonl"), []
         if self.path.exists():  # a resumed run repeats what came after the checkpoint
             kept = "".join(json.dumps(r) + "\n" for r in read_log(s.out_dir) if r["step"] <= progress.step)
             atomic_write(self.path, lambda file: file.write(kept.encode()))
@@ -908,7 +882,7 @@ class Log:
         print0("    step    loss   train     val       lr   norm   tokens/s  elapsed     left")
 
     def write(self, step, **values):
-        """Log the values of a step; step 0 has only those of an evaluation."""
+        """Log the values of a step; step 0 has an evaluation only."""
         elapsed = time.monotonic() - self.start
         finite = {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
         record = dict(step=step, **finite, elapsed=round(elapsed, 3))  # JSON has no infinity
@@ -922,14 +896,14 @@ class Log:
         evaluated = "" if values["val_loss"] is None else f"{values['train_loss']:8.4f}{values['val_loss']:8.4f}"
         if step == 0:
             return print0(f"{0:8d}{'':8}{evaluated}")
-        left = (elapsed - self.elapsed_before) / (step - self.first_step) * (self.max_iters - step)
-        elapsed, left = (timedelta(seconds=round(seconds)) for seconds in (elapsed, left))
+        left = timedelta(seconds=round(elapsed / step * (self.max_iters - step)))
+        elapsed = timedelta(seconds=round(elapsed))
         print0(f"{step:8d}{values['loss']:8.4f}{evaluated:16}{values['lr']:9.1e}{values['grad_norm']:7.3f}"
                f"{values['tokens_per_second']:11,d}{elapsed!s:>9}{left!s:>9}")
 
 
 def plot_losses(folders):
-    """Plot the losses of runs into loss.png of the one folder, or compare.png. Returns the path."""
+    """Plot runs into loss.png of a single folder, or compare.png. Returns the path."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
@@ -938,7 +912,7 @@ def plot_losses(folders):
                                         ("val_loss", "validation", ".-", 1)):
             records = [r for r in read_log(folder) if r.get(key) is not None]
             axes.plot([r.get("tokens", 0) for r in records], [r[key] for r in records], style, color=f"C{i}",
-                      alpha=alpha, label=f"{folder}: {name}".replace("$", "\\$"))
+                      alpha=alpha, label=f"{folder}: {name}")
     axes.set(xlabel="training tokens", ylabel="loss in nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -947,7 +921,7 @@ def plot_losses(folders):
     return path
 
 
-# Training loop ------------
+# Training loop ----
 
 def forward_backward(model, scaler, dataset, s, world, sequences):
     """Accumulate gradients over this rank's part of the global batch. Returns its part of the loss."""
@@ -981,7 +955,7 @@ def optimizer_step(model, optimizers, scaler, lr, grad_clip):
 
 
 def init_run(s, world, dataset, checkpoint):
-    """Model, optimizers, gradient scaler and progress, new or of the checkpoint."""
+    """Model, optimizers, gradient scaler and progress, new or from the checkpoint."""
     torch.manual_seed(s.seed)
     model = GPT(s)
     progress = SimpleNamespace(step=0, sequences=0, best_val_loss=math.inf, best_step=0, elapsed=0.0, wandb_id=None)
@@ -1000,7 +974,7 @@ def init_run(s, world, dataset, checkpoint):
                 if any(key != "step" and value.shape != params[i].shape for key, value in state.items()):
                     raise UserError("the optimizer state in the checkpoint does not fit the model")
                 saved[i] = {key: value.contiguous() for key, value in state.items()}
-            optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved))  # hyperparameters are those of s
+            optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved))  # s has the hyperparameters
         progress = SimpleNamespace(**checkpoint["progress"])
         if checkpoint["scaler"]:  # empty if the run was not in float16
             scaler.load_state_dict(checkpoint["scaler"])
@@ -1027,16 +1001,15 @@ def train(s, world, datasets, meta, checkpoint):
             compiled = raw_model
         raw_model.zero_grad()
     bits_per_byte = meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2)  # per nat of loss
-    in_bytes = "" if math.isnan(bits_per_byte) else " ({bits_per_byte:.4f} bits per byte)"
 
     def evaluate_both():
         loss = evaluate(compiled, datasets["val"], s, world)
         tenth = max(1, (s.eval_iters * s.batch_size or datasets["val"].size // s.block_size) // 10)
         return dict(train_loss=evaluate(compiled, datasets["train"], s, world, tenth), val_loss=loss,
-                    bits_per_byte=loss * bits_per_byte, peak_memory=peak_memory(world.device))
+                    bits_per_byte=loss * bits_per_byte)
 
     if s.eval_only:
-        print0(("training loss {train_loss:.4f}, validation loss {val_loss:.4f}" + in_bytes).format(**evaluate_both()))
+        print0("training loss {train_loss:.4f}, validation loss {val_loss:.4f}".format(**evaluate_both()))
         return 0
 
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.9 has no other name for it
@@ -1051,11 +1024,10 @@ def train(s, world, datasets, meta, checkpoint):
     stopping, received = False, []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
-    not_evaluated = dict.fromkeys(("train_loss", "val_loss", "bits_per_byte", "peak_memory"))
     recent = []  # loss and gradient norm since the last log line, on the device
     logged = saved = plotted = time.monotonic()
     while progress.step < s.max_iters and not stopping:
-        # dropout depends on (seed, step, rank), so that there is no generator state to save
+        # dropout depends on (seed, step, rank): no generator state to save
         torch.manual_seed(((s.seed * 1_000_003 + progress.step) * 65_537 + world.rank) % 2**63)
         lr = get_lr(progress.step, s)
         loss = forward_backward(model, scaler, datasets["train"], s, world, progress.sequences)
@@ -1075,7 +1047,7 @@ def train(s, world, datasets, meta, checkpoint):
         losses, grad_norms = torch.stack(recent).T.contiguous()
         losses, grad_norms = world.all_reduce(losses).tolist(), grad_norms.tolist()
         speed = len(recent) * global_batch * s.block_size / (time.monotonic() - logged)
-        evaluation = evaluate_both() if evaluating else not_evaluated
+        evaluation = evaluate_both() if evaluating else dict.fromkeys(("train_loss", "val_loss", "bits_per_byte"))
         val_loss = evaluation["val_loss"]
         if not np.isfinite(losses + [val_loss or 0] + grad_norms * (not scaler.is_enabled())).all():
             raise FloatingPointError(f"the loss is not finite at step {progress.step}: lower learning_rate or use "
@@ -1108,20 +1080,17 @@ def train(s, world, datasets, meta, checkpoint):
     if stopping:
         print0(f"stopped at step {progress.step}; resume: python train.py --init_from=resume --out_dir={out}")
         return 128 + (received or [signal.SIGTERM])[0]  # none if another rank received it
-    in_bytes = in_bytes.format(bits_per_byte=progress.best_val_loss * bits_per_byte)
-    print0(f"best validation loss {progress.best_val_loss:.4f}{in_bytes} at step {progress.best_step}, saved as "
-           f"{out / 'best.pt'}")
+    print0(f"best validation loss {progress.best_val_loss:.4f} at step {progress.best_step}: {out / 'best.pt'}")
     return 0
 
 
-# Command line -------------
+# Command line ----
 
 def configure(argv):
     """The Settings and the checkpoint to start from, {} for none."""
     values, flags = parse_args(Settings, argv)
-    values.pop("ngram_entries", None)  # from out/config.py
+    values.pop("ngram_entries", None)  # of out/config.py
     s = Settings(**values)
-    check(s)
     latest, previous = Path(s.out_dir, "ckpt.pt"), Path(s.out_dir, "ckpt-previous.pt")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a failure
     resumable = latest.exists() or previous.exists()
@@ -1143,16 +1112,15 @@ def configure(argv):
     if resuming:
         values["init_from"] = saved["init_from"]
     else:
-        model_from_checkpoint(checkpoint, path)  # or UserError for missing and unexpected tensors
+        model_from_checkpoint(checkpoint, path)  # raises UserError if it cannot be loaded
         checkpoint = {key: checkpoint[key] for key in ("config", "tokenizer", "model")}
         if values.get("block_size", math.inf) < saved["block_size"]:
             fixed.remove("block_size")
             if "wpe.weight" in checkpoint["model"]:
                 checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"][:s.block_size]
-    if values["init_from"] not in ("scratch", "auto"):  # the model settings in config files are for a new model
+    if values["init_from"] not in ("scratch", "auto"):  # model settings in configs are for a new model
         values = {key: value for key, value in values.items() if key in flags or key not in fixed}
     s = Settings(**saved | dict(out_dir=s.out_dir) | values)
-    check(s)
     for name in sorted(fixed):
         if getattr(s, name) != saved[name]:
             raise UserError(f"{name}={getattr(s, name)}, but the checkpoint has {name}={saved[name]}: remove it")
@@ -1160,8 +1128,9 @@ def configure(argv):
 
 
 def run(argv):
-    """Open dataset and out_dir, start the process group and train. Returns the exit status."""
+    """Open the dataset and out_dir and train. Returns the exit status."""
     s, checkpoint = configure(argv)
+    check(s)
     folder, meta = read_meta(s.dataset)
     datasets = {split: TokenDataset(folder, split, meta) for split in ("train", "val")}
     s.vocab_size = s.vocab_size if checkpoint else max(s.vocab_size, meta["vocab_size"])
@@ -1172,13 +1141,12 @@ def run(argv):
     if checkpoint and checkpoint["tokenizer"] not in (meta["tokenizer"], None) or s.vocab_size < meta["vocab_size"]:
         raise UserError(f"dataset={s.dataset} has another tokenizer than the checkpoint")
     if checkpoint.get("corpus_sha256", meta.get("corpus_sha256")) != meta.get("corpus_sha256"):
-        print0(f"note: dataset={s.dataset} is not the text that the checkpoint was trained on", sys.stderr)
+        print0(f"note: dataset={s.dataset} is not the text of the checkpoint", sys.stderr)
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    for package, wanted in dict(tensorboard=s.tensorboard, wandb=s.wandb_log).items():
-        if wanted:
-            importlib.import_module(package)  # or ModuleNotFoundError, before an earlier run is moved
+    for package in ["tensorboard"] * s.tensorboard + ["wandb"] * s.wandb_log:
+        importlib.import_module(package)  # or ModuleNotFoundError, before an earlier run is moved
     device = get_device(s.device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     writes = os.environ.get("RANK", "0") == "0" and not s.eval_only
     with open_out_dir(s, new_run="optimizers" not in checkpoint) if writes else nullcontext():
@@ -1191,7 +1159,7 @@ def run(argv):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0 done, 1 failed, 2 a user's mistake, 128 + n stopped by signal n."""
+    """Returns the exit status: 0 done, 1 failed, 2 a user's mistake, 128 + n stopped by signal n."""
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:

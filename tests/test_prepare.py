@@ -422,7 +422,7 @@ def test_a_download_from_a_server_without_ranges_begins_again(server, book):
 
 
 @pytest.mark.parametrize("answer, word, tries", [(404, "404", 1), (403, "403", 1), (500, "500", 4),
-                                                 ("html", "web page", 1), ("drop, no range", "IncompleteRead", 4)])
+                                                 ("html", "web page", 1), ("drop, no range", "ChunkedEncoding", 4)])
 def test_a_failed_download_is_one_line(server, book, capsys, answer, word, tries):
     server.answers = [answer]
     assert prepare.main([book]) == 2

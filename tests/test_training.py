@@ -259,9 +259,9 @@ def test_log_lines(project):
     project.train()
     lines = project.log(timings=True)
     for line in lines:
-        assert line.keys() == {"step", "loss", "train_loss", "val_loss", "bits_per_byte", "peak_memory", "lr",
+        assert line.keys() == {"step", "loss", "train_loss", "val_loss", "bits_per_byte", "lr",
                                "grad_norm", "tokens", "tokens_per_second", "elapsed"}
-        assert all((line[key] is None) == bool(line["step"] % 10) for key in ("train_loss", "val_loss", "peak_memory"))
+        assert all((line[key] is None) == bool(line["step"] % 10) for key in ("train_loss", "val_loss"))
         assert line["tokens"] == line["step"] * 4 * 16
         assert line["tokens_per_second"] > 0 and 0 < line["grad_norm"] < 100
     assert 0 < lines[0]["elapsed"] < lines[-1]["elapsed"]
@@ -272,11 +272,11 @@ def test_log_lines(project):
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text(project):
-    out, line = project.train().out, min((x for x in project.log() if x["val_loss"]), key=lambda x: x["val_loss"])
+    project.train()
+    line = min((x for x in project.log() if x["val_loss"]), key=lambda x: x["val_loss"])
     text = project.text[len(project.text) * 9 // 10:]
     expected = line["val_loss"] / math.log(2) * len(text) / len(text.encode())
     assert len(text) < len(text.encode()) and line["bits_per_byte"] == pytest.approx(expected)
-    assert float(re.search(r"\((\S+) bits per\s+byte", out)[1]) == pytest.approx(expected, abs=1e-4)
 
 
 # Checkpoints

@@ -6,8 +6,8 @@
 Both models have random weights, the same shapes and the same settings: temperature 0.8, top-k 200, not compiled. They
 continue a prompt of one token until the context is full or --tokens are generated: once after a warm-up of four tokens
 ("cold", at lengths never seen) and once again ("warm"). "past" starts from a full context and generates the rest,
-prompt processing included. sample.py uses a single CPU thread for small models and no cuDNN attention, as its command
-line does; other arguments are those of train.py's model.
+prompt processing included. As on its command line, sample.py uses a single CPU thread for small models, float32 for
+small batches on a CPU and no cuDNN attention. Other arguments are those of train.py's model.
 """
 import time
 
@@ -22,6 +22,8 @@ def measure(args, argv):
     import train
     device, shape = train.get_device(args.device), dict(zip(NAMES, SIZES[args.size], strict=True))
     dtype, context, batch = train.get_compute_dtype(args, device), shape["block_size"], args.batch or 1
+    if device.type == "cpu" and args.dtype == "auto" and args.side == "ours" and batch < 16:
+        dtype = torch.float32
     torch.manual_seed(0)
     if args.side == "ours":
         settings = dict(zero_init=False, ngram=1) | train.parse_args(train.GPTConfig, argv)[0]
@@ -29,7 +31,7 @@ def measure(args, argv):
         model.compute_dtype = dtype
         model.to(device, dtype)
         torch.backends.cuda.enable_cudnn_sdp(False)
-        if batch * sum(p.numel() for p in model.h.parameters()) < 16e6:
+        if batch * sum(p.numel() for p in model.h.parameters()) < 4e6:
             torch.set_num_threads(1)
     else:
         model = nanogpt_model(args.nanogpt, **shape, dropout=0.0, bias=False).eval().to(device)
