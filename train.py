@@ -318,11 +318,11 @@ class NGrams(nn.Module):
 
     def count(self, tokens):
         """Count the n-grams of the text `tokens` (N,)."""
-        found, places = [], np.arange(len(tokens) - 1)
+        found, starts = [], np.arange(len(tokens) - 1)
         for key in reversed(self.contexts(tokens[None, :-1], len(tokens) - 1)):
-            grams, first, counts = np.unique((key | tokens[1:]).numpy()[places], return_index=True, return_counts=True)
+            grams, first, counts = np.unique((key | tokens[1:]).numpy()[starts], return_index=True, return_counts=True)
             found.append(torch.from_numpy(np.stack([grams, counts])))
-            places = places[first]  # a shorter n-gram counts once for each different token before it
+            starts = starts[first]  # a shorter n-gram counts once for each different token before it
         grams, counts = torch.cat(found, 1)
         self.grams, order = grams.sort()
         self.sums = F.pad(counts[order].cumsum(0), (1, 0))
@@ -537,8 +537,8 @@ class TokenDataset:
 
     def __init__(self, folder, split, meta):
         self.vocab_size, self.dtype, self.files = meta["vocab_size"], np.dtype(meta["dtype"]), []
-        whole = dict(name=f"{split}.bin", offset=0, tokens=meta["tokens"][split])
-        shards = meta["files"][split] if "files" in meta else [whole]
+        single = dict(name=f"{split}.bin", offset=0, tokens=meta["tokens"][split])
+        shards = meta["files"][split] if "files" in meta else [single]
         self.offsets, self.counts = [shard["offset"] for shard in shards], [shard["tokens"] for shard in shards]
         self.ends, self.size = np.cumsum(self.counts), sum(self.counts)
         for shard in shards:
@@ -574,12 +574,12 @@ def window_starts(seed, first, count, n_tokens, block_size):
     """
     windows = max(1, n_tokens // block_size - 1)  # one fewer than fit: they begin at a random offset
     parts = -(-windows // 2**20)
-    number, place = np.divmod(np.arange(first, first + count), windows // parts)
+    number, index = np.divmod(np.arange(first, first + count), windows // parts)
     starts = np.empty(count, dtype=np.int64)
     for n in np.unique(number):
         epoch, part = divmod(n, parts)
         offset = np.random.default_rng([seed, epoch]).integers(n_tokens - windows * block_size)
-        window = part + parts * permutation(seed, n, windows // parts)[place[number == n]]
+        window = part + parts * permutation(seed, n, windows // parts)[index[number == n]]
         starts[number == n] = offset + block_size * window
     return starts
 
@@ -724,10 +724,12 @@ def atomic_write(path, write):
 
 
 def save_checkpoint(out, checkpoint, is_best):
-    """Write ckpt.pt, keep the one before as ckpt-previous.pt and link best.pt to it if is_best. Raises OSError."""
+    """Write config.py and ckpt.pt, keep ckpt-previous.pt and link best.pt if is_best. Raises OSError."""
     new, latest, link = out / "ckpt-new.pt", out / "ckpt.pt", out / "link.tmp"
     links = [("best.pt", new)] * is_best + [("ckpt-previous.pt", latest)] * latest.exists()
+    config = "".join(f"{key} = {value!r}\n" for key, value in checkpoint["config"].items())
     try:
+        atomic_write(out / "config.py", lambda file: file.write(config.encode()))
         atomic_write(new, lambda file: torch.save(checkpoint, file))
         for name, source in links:
             link.unlink(missing_ok=True)
@@ -780,15 +782,15 @@ def model_from_checkpoint(checkpoint, path="checkpoint"):
 GPT2 = dict(position="learned", norm="layernorm", norm_affine=True, qk_norm=False, ngram=1, zero_init=False)
 
 
-def convert_nanogpt(theirs):
+def convert_nanogpt(source):
     """A checkpoint of nanoGPT without optimizer state; the tokenizer is None if it is in a meta.pkl."""
-    args, is_gpt2 = theirs["model_args"], theirs["model_args"]["vocab_size"] in (50257, 50304)  # 50304 rows are padded
+    args, is_gpt2 = source["model_args"], source["model_args"]["vocab_size"] in (50257, 50304)  # 50304 rows are padded
     config = {key: args[key] for key in ("n_layer", "n_head", "n_embd", "block_size")} | GPT2 | dict(
         vocab_size=50257 if is_gpt2 else args["vocab_size"], vocab_multiple=64 if args["vocab_size"] == 50304 else 1,
         activation="gelu", tie_weights=True, bias=args.get("bias", True), dropout=args.get("dropout", 0.0),
-        dataset=theirs.get("config", {}).get("dataset", ""))
+        dataset=source.get("config", {}).get("dataset", ""))
     weights = {re.sub(r"^(_orig_mod\.)?(transformer\.)?", "", key): tensor.float()
-               for key, tensor in theirs["model"].items() if not key.endswith(".attn.bias")}  # a mask, in old files
+               for key, tensor in source["model"].items() if not key.endswith(".attn.bias")}  # a mask, in old files
     tokenizer = dict(kind="tiktoken", encoding="gpt2") if is_gpt2 else None
     return dict(format=3, config=config, tokenizer=tokenizer, model=weights)
 
@@ -805,10 +807,10 @@ def load_gpt2(name):
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
     try:
-        theirs = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-        config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")} | GPT2 | dict(
-            block_size=theirs["n_positions"], tie_weights=theirs.get("tie_word_embeddings", True), bias=True,
-            activation=dict(gelu="gelu", gelu_new="gelu_tanh")[theirs.get("activation_function", "gelu_new")])
+        source = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        config = {key: source[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")} | GPT2 | dict(
+            block_size=source["n_positions"], tie_weights=source.get("tie_word_embeddings", True), bias=True,
+            activation=dict(gelu="gelu", gelu_new="gelu_tanh")[source.get("activation_function", "gelu_new")])
         is_pickle, weights = path.suffix != ".safetensors", {}
         tensors = torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
         for key, tensor in tensors.items():
@@ -819,14 +821,14 @@ def load_gpt2(name):
             weights["lm_head.weight"] = weights["wte.weight"]
     except Exception as error:  # many types
         raise UserError(f"init_from={name}: {path} is not GPT-2 in Hugging Face's layout ({error!r:.100})") from None
-    tokenizer = theirs.get("tokenizer_spec", dict(kind="tiktoken", encoding="gpt2"))  # of sample.py --export
+    tokenizer = source.get("tokenizer_spec", dict(kind="tiktoken", encoding="gpt2"))  # of sample.py --export
     return dict(config=config, tokenizer=tokenizer, model=weights)
 
 
 # Output directory and log ----
 
 def open_out_dir(s, new_run):
-    """Create and lock out_dir, move an earlier run to previous-N, write config.py. Returns the lock file."""
+    """Create and lock out_dir and move an earlier run to previous-N. Returns the lock file."""
     out = Path(s.out_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -842,14 +844,12 @@ def open_out_dir(s, new_run):
         pass  # Windows, and file systems without locks
     names = ("ckpt.pt", "ckpt-previous.pt", "best.pt", "log.jsonl", "loss.png", "tensorboard", "config.py")
     files = [out / name for name in names if (out / name).exists()]
-    if new_run and set(files) - {out / "config.py"}:  # left by a run that failed before saving
+    if new_run and files:
         target = next(path for n in range(1, 10**6) if not (path := out / f"previous-{n}").exists())
         target.mkdir()
         for path in files:
             os.replace(path, target / path.name)
         print0(f"moved the previous run to {target}")
-    config = "".join(f"{key} = {value!r}\n" for key, value in asdict(s).items())
-    atomic_write(out / "config.py", lambda file: file.write(config.encode()))
     return lock
 
 

@@ -26,7 +26,6 @@ LONG = ["--max_iters=1000000", "--lr_decay_iters=1000000", "--eval_interval=1000
 
 # Processes forked from a server that has imported torch: one second instead of ten
 
-
 def one_of_many(rank, count, port, folder, written, argv, patch):
     """A process of processes(): train.py with torchrun's variables."""
     status = 99
@@ -170,7 +169,6 @@ def test_four_processes_train_every_config_file(project, config):
 
 # Errors
 
-
 def test_a_mistake_that_all_processes_find_is_one_line(project):
     statuses, written = processes(3, "--block_size=100000")
     assert statuses == [2] * 3
@@ -231,7 +229,6 @@ def test_processes_that_read_different_checkpoints_are_stopped(project):
 
 
 # torchrun
-
 
 def torchrun(*argv, **options):
     """Start torchrun with these arguments, in the current folder. Returns the process."""

@@ -154,7 +154,6 @@ def test_missing_safetensors_is_one_line(words, monkeypatch):
 
 # By name
 
-
 @pytest.fixture
 def hub(project, hub_folder, server):
     """A server with the files of hub_folder."""

@@ -88,7 +88,7 @@ TRAIN = [
 ]
 SAMPLE = [
     ("--out_dir=absent", ["absent", "train.py"]),
-    ("--out_dir=text", ["text/ckpt.pt", "not a checkpoint"]),
+    ("--out_dir=text", ["text/best.pt", "not a checkpoint", "--ckpt=text/ckpt.pt"]),
     ("--ckpt=absent.pt", ["absent.pt"]),
     ("--ckpt=good.txt", ["good.txt", "not a checkpoint"]),
     ("--ckpt=out", ["out", "not a checkpoint"]),
@@ -148,7 +148,8 @@ def folder(tmp_path_factory):
             "good.txt": b"all work and no play\n" * 20, "empty.txt": b"", "one.txt": b"x",
             "binary.dat": b"GIF8\0" + random.Random(1).randbytes(500), "latin.txt": "voila é\n".encode("latin-1"),
             "cut.txt": b"ab\xe6\x97", "utf16.txt": "text".encode("utf-16"), "fake.txt.gz": b"no archive",
-            "percent.txt": b"a cat %\n", "text/ckpt.pt": b"no checkpoint", "data/hollow/meta.json": b"",
+            "percent.txt": b"a cat %\n", "text/ckpt.pt": b"no checkpoint", "text/best.pt": b"cut",
+            "data/hollow/meta.json": b"",
             "gpt-like/config.json": b'{"model_type": "llama"}', "config/train_char.py": b"n_layer = 1\n",
             "calls.py": b"n_layer = 3\nn_head = int('4')\n", "nul.txt": b"abc\0def", "data/precious/diary.txt": b"mine",
             "broken.xml": b"<TEI><body><p>never closed</body></TEI>", "rss.xml": b"<rss><item>news</item></rss>",

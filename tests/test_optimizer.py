@@ -148,7 +148,6 @@ def test_an_overflow_in_one_optimizers_gradients_steps_neither(overflow):
 
 # Schedule
 
-
 def nanogpt_learning_rate(step, s):
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / (s.warmup_iters + 1)

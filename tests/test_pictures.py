@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import CHARS, random_model
 from test_sample import folder, save  # noqa: F401  a fixture
 
+import prepare
 import sample
 import train
 
@@ -132,3 +133,7 @@ def test_the_bars_are_the_probabilities_of_the_model(command, monkeypatch):
 def test_attention_of_a_model_without_layers_is_refused(command, tmp_path):
     save(tmp_path / "out" / "best.pt", random_model(n_layer=0))
     assert "n_layer=0" in command("--show=attention", status=2)[1]
+
+
+def test_a_label_shows_the_bytes_of_an_incomplete_character():
+    assert sample.token_labels(prepare.ByteTokenizer(), [0xE5, 10, 32, 36]) == [r"\xe5", r"\n", "\u2423", r"\$"]

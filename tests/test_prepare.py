@@ -103,7 +103,6 @@ def one_line(capsys, *words):
 
 # Tokenizers
 
-
 @pytest.mark.parametrize("spec", [{"kind": "char", "chars": "".join(sorted(set(SAMPLE)))}, {"kind": "byte"}])
 def test_char_and_byte_round_trip(spec):
     tokenizer = prepare.tokenizer_from_spec(json.loads(json.dumps(spec)))
@@ -166,7 +165,6 @@ def test_text_of_every_kind_is_split():
 
 
 # The data folder
-
 
 @pytest.mark.parametrize("chunk", [4, 37, 1 << 18])
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "gpt2", "cl100k_base", "o200k_base"])
@@ -307,7 +305,6 @@ def test_a_document_whose_end_is_not_text_is_an_error(capsys, monkeypatch):
 
 
 # Failures
-
 
 @pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)],
                          ids=["Ctrl-C", "full disk"])
@@ -460,7 +457,6 @@ def test_a_complete_part_is_not_downloaded_again(server, book, monkeypatch):
 
 
 # Offline
-
 
 @pytest.mark.parametrize("answer", ["offline", 404, "html"])
 def test_without_the_network_pydocs_is_the_default(server, book, answer, capsys, monkeypatch):

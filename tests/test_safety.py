@@ -42,7 +42,6 @@ def trained(project):
 
 # Damaged checkpoints
 
-
 def test_a_damaged_checkpoint_falls_back_to_the_previous_one(trained):
     """With one note; the resumed run is bit-identical."""
     project, data = trained
@@ -61,7 +60,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(trained):
 
 
 # Saving
-
 
 def without_links(monkeypatch):
     def link(source, target):
@@ -123,7 +121,6 @@ def test_a_run_killed_at_any_moment_of_a_save_leaves_a_checkpoint(trained, monke
 
 
 # Disks that are full
-
 
 @pytest.mark.parametrize("name", ["ckpt-new.pt", "ckpt.pt"])
 def test_a_failed_save_is_reported_and_the_next_one_tried(project, monkeypatch, name):
@@ -251,7 +248,6 @@ def test_optimizer_state_has_the_shape_of_its_parameter(trained):
 
 # Data, numbers and memory
 
-
 def test_tokens_are_unsigned_integers(project):
     """numpy would follow the bytes of dtype "O" as pointers."""
     folder = project.dataset("objects", project.text, dtype="O")
@@ -323,7 +319,6 @@ def test_out_of_memory_is_one_line_of_advice_and_other_errors_keep_their_traceba
 
 
 # Locks, saves by time, signals, restarts
-
 
 @posix
 def test_an_output_directory_is_locked_while_its_run_lives(project):
@@ -405,7 +400,6 @@ def test_a_new_launch_of_torchrun_starts_from_scratch(trained, monkeypatch):
 
 
 # Kills at any moment and long runs
-
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, or it would take minutes")
 def test_nothing_is_lost_when_a_run_is_killed_at_any_moment():

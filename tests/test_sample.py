@@ -73,7 +73,6 @@ def test_the_variables_of_a_launcher_are_ignored(write, monkeypatch):
 
 # The cache
 
-
 @contextlib.contextmanager
 def attention_to_the_last(count):
     """Each query attends to its own and the `count` - 1 positions before it, in every layer."""
@@ -124,7 +123,6 @@ def test_sequences_of_a_batch_are_independent(position):
 
 
 # Sampling
-
 
 def softmax(row):
     e = np.exp(np.asarray(row, np.float64) - np.max(row))
@@ -183,7 +181,6 @@ def test_same_seed_same_text(write):
 
 
 # Text, stop strings, prompts
-
 
 @given(st.lists(st.one_of(st.binary(min_size=1, max_size=3), st.sampled_from(["é", "€", "😀", "ab", "aab"]).map(
     str.encode)), max_size=8).map(b"".join), st.sampled_from(["", "b", "ab", "aab", "é€", "\ufffd", "abaab"]))
@@ -292,7 +289,6 @@ def test_the_checkpoint_is_the_named_one_or_best_or_the_latest(write, folder):
 
 # The samples of a run
 
-
 def test_follow_prints_a_line_for_each_checkpoint_and_ends_with_the_run(write, folder, monkeypatch):
     path, steps = folder / "new" / "ckpt.pt", iter((1, 2, 5))
 
@@ -309,7 +305,6 @@ def test_follow_prints_a_line_for_each_checkpoint_and_ends_with_the_run(write, f
 
 
 # Processes
-
 
 def process(folder, *argv):
     """Start sample.py with a sample that does not end."""

@@ -35,7 +35,6 @@ def changed(s):
 
 # Flags and config files.
 
-
 @pytest.mark.parametrize("argv, expected", [
     ("--n_layer=3", dict(n_layer=3)),
     ("--n_layer 3", dict(n_layer=3)),
@@ -114,7 +113,6 @@ def test_help_is_the_lines_of_the_dataclass(script, capsys, tmp_path, monkeypatc
 
 # Errors.
 
-
 @pytest.mark.parametrize("line, words", [
     ("n_layr = 3", ["n_layr", "n_layer"]),
     ("norm = 'layer_norm'", ["layer_norm", "layernorm"]),
@@ -183,7 +181,6 @@ def test_the_limits_of_settings_are_allowed():
 
 
 # Importing.
-
 
 def test_importing_has_no_side_effects(tmp_path):
     """No output, file, device, signal handler or random number; no use of argv; no import of optional packages."""

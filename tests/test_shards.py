@@ -69,7 +69,6 @@ def one_line(capsys, *words):
 
 # prepare.py fineweb
 
-
 def test_shards_are_downloaded_once_and_more_are_added(hub):
     fineweb()
     assert_complete(1)
@@ -134,7 +133,6 @@ def test_an_invalid_endpoint_is_one_line(hub, monkeypatch, capsys):
 
 
 # train.py
-
 
 def dataset(folder, parts, offset=HEADER, **changes):
     """A folder with a shard for each list of ids, the last one for validation."""

@@ -32,7 +32,6 @@ def gradients():
 
 # Learning
 
-
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_text_is_learned(project, optimizer):
     project.train("--max_iters=200", "--eval_interval=200", f"--optimizer={optimizer}", "--ngram=1")
@@ -93,7 +92,6 @@ def test_lower_precision_learns_as_float32_does(project, dtype):
 
 
 # Repeating and resuming
-
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_config_py_repeats_a_run_exactly(project, optimizer):
@@ -186,8 +184,14 @@ def test_a_new_run_keeps_the_old_one(project):
     assert seeds == [0, 1, 2] and len(project.log()) == 1
 
 
-# Evaluation and log
+def test_a_config_file_in_out_dir_is_not_lost(project):
+    (project.path / "out").mkdir()
+    (project.path / "out" / "config.py").write_text("seed = 5")
+    project.train("out/config.py", "--max_iters=2")
+    assert (project.path / "out" / "previous-1" / "config.py").read_text() == "seed = 5"
 
+
+# Evaluation and log
 
 def mean_loss(model, tokens, block_size):
     """Cross-entropy of every token but the first, in consecutive windows; n-grams see the token before a window."""
@@ -281,7 +285,6 @@ def test_bits_per_byte_count_the_bytes_of_the_text(project):
 
 # Checkpoints
 
-
 def test_best_is_the_best_and_ckpt_the_latest(project):
     """The validation loss rises when noise is memorized."""
     text = letters(17)
@@ -328,7 +331,6 @@ def test_an_overflow_in_float16_is_logged_as_null(project, monkeypatch):
 
 
 # Compilation
-
 
 @pytest.fixture
 def compile_with(monkeypatch):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from common import ROOT, facts, parser, prepared, report, run_train
 
-CHANGES = ("ngram=1,ngram=1+learning_rate=0.01,ngram=3,optimizer=adamw,learning_rate=0.01,"
-           "learning_rate=0.0025,schedule=cosine,qk_norm=False,zero_init=False,activation=gelu,norm=layernorm,"
+CHANGES = ("ngram=1,ngram=1+learning_rate=0.005,ngram=5,ngram=6,ngram=8,learning_rate=0.001,learning_rate=0.005,"
+           "optimizer=adamw,schedule=cosine,qk_norm=False,zero_init=False,activation=gelu,norm=layernorm,"
            "position=learned,tie_weights=True,weight_decay=0.0")
 
 

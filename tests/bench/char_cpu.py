@@ -6,7 +6,8 @@
 nanoGPT runs the CPU command of its README in a copy of its checkout, on data that its own script prepared from the same
 text. Its time is from launch to each "iter" line, imports included; its losses are those of another, untimed run with
 the same seed, whose weights are copied every --resolution steps and evaluated on the whole validation split by
-train.evaluate. The time of train.py is from launch to the first logged evaluation below the target, all included.
+train.evaluate. The time of train.py is from launch to the first logged evaluation below the target, all included;
+"exit" is the time from launch to the end of the process.
 
 Three kinds of run alternate, n times: nanoGPT; --sprint with an evaluation every --eval_interval steps, stopped at the
 target; and --config unchanged, whose last validation loss before the end of nanoGPT's run is compared with nanoGPT's.
@@ -106,12 +107,12 @@ def measured(folder, args, meta, theirs):
         matches = ((at, re.match(r"iter (\d+):", line)) for at, line in run.lines)
         seconds = {int(match[1]) + 1: at for at, match in matches if match}  # "iter 0" is the first update
         curve = [dict(seconds=seconds[step], val_loss=loss) for step, loss in losses.items()]
-        found["nanoGPT"].append({seconds_to: passing(curve, args.target, interpolate=True), "seconds": run.seconds,
+        found["nanoGPT"].append({seconds_to: passing(curve, args.target, interpolate=True), "exit": run.seconds,
                                  "loss at nanoGPT's end": curve[-1]["val_loss"], "curve": curve})
         sprint = ours(args.sprint or args.config, f"--eval_interval={args.eval_interval}", target=args.target)
         curve = ours(args.config)
         end = next((r["val_loss"] for r in reversed(curve) if r["seconds"] <= run.seconds), None)
-        found["ours"].append({seconds_to: passing(sprint, args.target), "seconds": curve[-1]["seconds"],
+        found["ours"].append({seconds_to: passing(sprint, args.target), "exit": sprint[-1]["exit"],
                               "loss at nanoGPT's end": end, "curve": curve, "sprint": sprint})
     return found
 

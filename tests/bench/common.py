@@ -135,17 +135,17 @@ def log_of(folder):
 
 
 def run_train(argv, folder, out, target=None, processes=0, script=(ROOT / "train.py",), launch=launch):
-    """Run train.py, also with torchrun, until a loss below the target. Returns its log with `seconds` since launch."""
+    """Run train.py, also with torchrun, until a loss below the target. Returns its log, with seconds since launch."""
     def reached():
         return any(record["val_loss"] and record["val_loss"] < target for record in log_of(out)[-1:])
 
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     env = dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive") if processes else {}
-    lines = launch([*torchrun, *script, *argv, f"--out_dir={out}"], folder, target and reached, env=env,
-                   statuses=(0, 143) if target else (0,)).lines
+    run = launch([*torchrun, *script, *argv, f"--out_dir={out}"], folder, target and reached, env=env,
+                 statuses=(0, 143) if target else (0,))
     # `elapsed` starts when the header of the table is printed, after imports and opening the data
-    start = next(seconds for seconds, line in lines if line.split()[:2] == ["step", "loss"])
-    return [record | dict(seconds=start + record["elapsed"]) for record in log_of(out)]
+    start = next(seconds for seconds, line in run.lines if line.split()[:2] == ["step", "loss"])
+    return [record | dict(seconds=start + record["elapsed"], exit=run.seconds) for record in log_of(out)]
 
 
 def prepared(folder, text=None):

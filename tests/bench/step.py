@@ -1,4 +1,4 @@
-"""Tokens per second and peak memory of a training step, of train.py and of nanoGPT with the same shape.
+"""Tokens per second and peak GPU memory of a training step, of train.py and of nanoGPT with the same shape.
 
     python tests/bench/step.py --nanogpt=../nanoGPT                             10.8M parameters, 64 x 256 tokens
     python tests/bench/step.py --nanogpt=../nanoGPT --size=0.8M --steps=300     the CPU example's shape, 12 x 64
@@ -11,7 +11,6 @@ those of train.py, for example --optimizer=adamw.
 """
 import statistics
 import time
-from resource import RUSAGE_SELF, getrusage
 
 from common import NAMES, SIZES, compare, mfu, nanogpt_model, parser
 
@@ -103,13 +102,13 @@ def measure(args, argv):
     seconds(step, args.warm)
     speed = steps * args.accumulate * batch * shape["block_size"] / seconds(step, steps)
     parts = [(seconds(passes), seconds(update)) for _ in range(min(steps, 5))]
-    memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
     return {"parameters": sum(p.numel() for p in model.parameters()),
             "dtype": str(dtype if is_ours or on_gpu else torch.float32).removeprefix("torch."), "tokens/s": speed,
             "MFU, %": mfu(speed, torch.cuda.get_device_name(device) if on_gpu else "", **shape),
             "passes, ms": 1000 * statistics.median(first for first, _ in parts),
             "update, ms": 1000 * statistics.median(second for _, second in parts),
-            "peak GB": memory / 1e9, "kernels": heaviest(step, on_gpu) if args.profile else {}}
+            "peak GB": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
+            "kernels": heaviest(step, on_gpu) if args.profile else {}}
 
 
 def main(argv=None):
