@@ -397,7 +397,8 @@ class GPT(nn.Module):
         With a cache (sample.py), idx continues its tokens and only the last logits (B, 1, V) are computed.
         Under torch.compile, the logits are None if there are targets.
         """
-        tokens, T = idx if cache is None else cache.append(idx), (idx if targets is None else targets).shape[1]
+        tokens = idx if cache is None else cache.append(idx)  # with context for the n-grams
+        T = (idx if targets is None else targets).shape[1]
         p = None if self.ngrams is None else self.ngrams(tokens, T, targets if leave_one_out else None)
         idx = idx[:, -T:]
         start = 0 if cache is None else cache.length
