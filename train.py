@@ -397,7 +397,7 @@ class GPT(nn.Module):
         With a cache (sample.py), idx continues its tokens and only the last logits (B, 1, V) are computed.
         Under torch.compile, the logits are None if there are targets.
         """
-        tokens = idx if cache is None else cache.append(idx)  # with context for the n-grams
+        tokens = idx if cache is None else cache.append(idx)  # with n-gram context
         T = (idx if targets is None else targets).shape[1]
         p = None if self.ngrams is None else self.ngrams(tokens, T, targets if leave_one_out else None)
         idx = idx[:, -T:]
@@ -422,7 +422,7 @@ class GPT(nn.Module):
             logits = logits + (self.ngrams.gate(x)[..., None] * p[:, -x.shape[1]:].log()).sum(2)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         if targets is not None and torch.compiler.is_compiling():
-            logits = None  # else the graph keeps them in float32, with a gradient of zeros
+            logits = None  # else the graph keeps them, and a gradient of zeros
         return logits, loss
 
 
@@ -626,7 +626,7 @@ def evaluate(model, dataset, s, world, windows=0):
     losses, counts = torch.zeros(len(starts), device=world.device), torch.zeros(len(starts), dtype=torch.float64)
     model.eval()
     for i, first in enumerate(starts):
-        rows = np.arange(first, first + s.batch_size)  # always a full batch: one shape, compiled once
+        rows = np.arange(first, first + s.batch_size)  # a full batch: compiled once
         tokens = dataset.read(rows * stride * T - context, context + T + 1)
         x, y = tokens[:, :-1], tokens[:, 1 + context:].clone()
         past_end = rows[:, None] * stride * T + np.arange(1, T + 1) >= dataset.size
@@ -874,6 +874,7 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(Path(s.out_dir, "tensorboard"), purge_step=progress.step + 1)
             self.trackers.append(lambda step, values: [writer.add_scalar(*value, step) for value in values.items()])
+            self.trackers.append(lambda step, values: writer.flush())
         if s.wandb_log:
             import wandb
             run = wandb.init(project=s.wandb_project, name=s.wandb_run_name or s.out_dir, config=asdict(s),
