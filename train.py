@@ -1,8 +1,8 @@
 """Train a GPT. Model, optimizer and training loop in one file.
 
     python prepare.py                                   # download tiny Shakespeare into data/char/
-    python train.py                                     # the defaults on the available hardware
-    python train.py config/train_char_cpu.py            # two CPU cores, two minutes
+    python train.py                                     # defaults on the available hardware
+    python train.py config/train_char_cpu.py            # two CPU cores, a minute
     python train.py config/train_char.py --device=cuda  # 10.8M parameters, one GPU
     torchrun --nproc_per_node=4 train.py                # DDP: the same loss curve in less time
     python train.py --init_from=resume                  # resume from out/ckpt.pt
@@ -127,8 +127,9 @@ def read_config(path):
             if ast.dump(node).startswith(("Import", "Expr(value=Constant(")):  # imports and docstrings
                 continue
             [target] = node.targets
-            if target.id not in ("wandb_project", "wandb_run_name") or type(node.value) is ast.Constant:  # not computed
-                found.append((target.id, literal(node.value), f"{path}:{line}"))
+            if target.id in ("wandb_project", "wandb_run_name") and type(node.value) is not ast.Constant:
+                continue  # computed, as in nanoGPT
+            found.append((target.id, literal(node.value), f"{path}:{line}"))
         return found
     except OSError as error:
         near = did_you_mean(str(path), [p.as_posix() for p in Path("config").rglob("*.py")])
@@ -172,7 +173,7 @@ def parse_args(settings, argv):
             if key in kinds:
                 values[key] = parse_value(key, kinds[key], value, where)
                 flags = flags | {key} if where == "command line" else flags - {key}
-            elif key not in ("always_save_checkpoint", "backend"):  # of nanoGPT, without a use here
+            elif key not in ("always_save_checkpoint", "backend"):  # nanoGPT's, without use here
                 near = did_you_mean(key, kinds) or "; --help lists all settings"
                 raise UserError(f"{where}: unknown setting {key}{near}")
     return values, flags
@@ -820,7 +821,7 @@ def load_gpt2(name):
                 weights[key.removeprefix("transformer.")] = (tensor.T if transposed else tensor).float().contiguous()
         if config["tie_weights"]:
             weights["lm_head.weight"] = weights["wte.weight"]
-    except Exception as error:  # many types
+    except Exception as error:
         raise UserError(f"init_from={name}: {path} is not GPT-2 in Hugging Face's layout ({error!r:.100})") from None
     tokenizer = source.get("tokenizer_spec", dict(kind="tiktoken", encoding="gpt2"))  # of sample.py --export
     return dict(config=config, tokenizer=tokenizer, model=weights)
@@ -1041,7 +1042,7 @@ def train(s, world, datasets, meta, checkpoint):
         done = progress.step >= s.max_iters
         evaluating = done or progress.step % s.eval_interval == 0
         due = evaluating or 0 < 60 * s.save_interval_minutes < time.monotonic() - saved
-        flags = world.all_reduce(torch.tensor([len(received) > 0, due], dtype=torch.float32)).tolist()
+        flags = world.all_reduce(torch.tensor([bool(received), due], dtype=torch.float32)).tolist()
         stopping, saving = flags[0] > 0, sum(flags) > 0
         if not saving and progress.step % s.log_interval:
             continue  # without waiting

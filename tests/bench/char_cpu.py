@@ -1,7 +1,7 @@
 """Seconds from launch to a validation loss, and the loss after nanoGPT's time: train.py and nanoGPT on one CPU.
 
     python tests/bench/char_cpu.py --nanogpt=../nanoGPT                 tiny Shakespeare, downloaded by prepare.py
-    python tests/bench/char_cpu.py --nanogpt=../nanoGPT --sprint=config/train_char_sprint.py --eval_interval=64
+    python tests/bench/char_cpu.py --nanogpt=../nanoGPT --sprint=config/train_char_sprint.py --eval_interval=8
 
 nanoGPT runs the CPU command of its README in a copy of its checkout, on data that its own script prepared from the same
 text. Its time is from launch to each "iter" line, imports included; its losses are those of another, untimed run with
